@@ -1,0 +1,1 @@
+"""fewbits makes transformer models small and runs them."""

@@ -1,0 +1,74 @@
+"""The two containers of quantized numbers: a flat tensor (building blocks) and a linear's weight (models)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fewbits.methods import QuantMethod
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Numbers quantized as one flat run.
+
+    data: int8 [n] at 8-bit int, float8_e4m3fn [n] at fp8, uint8 [ceil(n / 2)] at 4 bits (first code in the low nibble).
+    scale: float32, [] for one scale over all, [groups] per group.
+    zero_point: int32 of the same shape; 0 where the scheme is symmetric.
+    num_elements: how many numbers `data` stands for. bits: width of a code. group_size: 0 is one scale over all.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    num_elements: int
+    bits: int
+    group_size: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the codes."""
+        return self.data.numel() * self.data.element_size()
+
+    @property
+    def fp16_size_bytes(self) -> int:
+        """Bytes the same numbers take in fp16."""
+        return 2 * self.num_elements
+
+    @property
+    def compression_ratio(self) -> float:
+        """fp16 bytes / code bytes; 0.0 for empty data."""
+        return self.fp16_size_bytes / self.size_bytes if self.size_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A linear's weight [out, in] in the form that kernels run on and formats write.
+
+    data: int8 [out, in] signed codes at 8-bit int; float8_e4m3fn [out, in]; below 8 bits int32 [out, ceil(in·bits/32)],
+        each row a little-endian stream of unsigned codes.
+    scales: [out, groups], in the dtype that is stored on disk.
+    zero_points: None if symmetric; else [out, groups]: int8 signed at 8 bits, uint8 unsigned below.
+    W = (code − zero) · scale, where a symmetric code below 8 bits has zero 2^(bits−1), and at 8 bits 0.
+    group_size: input channels per scale; 0 is per channel.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    shape: tuple[int, int]
+    method: QuantMethod
+    group_size: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        parts = (self.data, self.scales, *(() if self.zero_points is None else (self.zero_points,)))
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Decode to [out, in]: fp32 arithmetic, rounded once to `dtype` (the scales' dtype by default)."""
+        from fewbits.packing import decode
+
+        return decode(self).to(dtype or self.scales.dtype)
