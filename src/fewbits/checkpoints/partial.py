@@ -1,0 +1,217 @@
+"""The folder that output is written to, OUT.partial, until one rename makes it OUT.
+
+At no instant does a half-written checkpoint lie under the final name; a second process is kept out by a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from fewbits.checkpoints.folder import CONFIG_FILE
+from fewbits.checkpoints.writer import UNFINISHED_SUFFIX, disk_full, free_bytes, output_error, sync_folder
+from fewbits.errors import OutputError, PlanError
+
+PARTIAL_SUFFIX = ".partial"
+REPLACED_SUFFIX = ".replaced"
+# Journal, lock and spilled states live here; it never comes into OUT for longer than it takes to delete it.
+SCRATCH_FOLDER = ".fewbits"
+LOCK_FILE = "lock"
+# There while the old OUT is put aside: a run killed between the two renames is put right by the next.
+REPLACING_FILE = "replacing"
+
+
+def refuse_output(out: Path, source: Path | None = None, *, overwrite: bool = False) -> None:
+    """Refuse an output folder that cannot be, before any work: it exists, or it and the source are entangled.
+
+    Raises:
+        PlanError: the user must choose another folder (or say `overwrite`).
+    """
+    try:
+        _refuse_output(out, _real(out), source, overwrite)
+    except OSError as error:
+        raise output_error(out, error) from error
+
+
+def _refuse_output(out: Path, target: Path, source: Path | None, overwrite: bool) -> None:
+    if source is not None:
+        origin = _real(source)
+        if target == origin:
+            raise PlanError(f"{out} is the source itself.", "choose another output folder")
+        if target.is_relative_to(origin):
+            raise PlanError(f"{out} lies inside the source {source}.", "choose an output folder outside it")
+        if origin.is_relative_to(target):
+            raise PlanError(f"the source {source} lies inside {out}.", "choose another output folder")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise PlanError(f"{out} is a file; expected a folder that does not exist yet.", "choose another name")
+    if not overwrite:
+        raise PlanError(f"{out} exists already.", "choose another folder, or replace it with --overwrite")
+    if any(target.iterdir()) and not (target / CONFIG_FILE).exists():
+        raise PlanError(
+            f"{out} exists and holds no checkpoint (no {CONFIG_FILE}); it is not overwritten.",
+            "choose another folder, or delete it yourself",
+        )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path.expanduser()))
+
+
+class PartialFolder:
+    """OUT.partial, open and locked. `finish` makes it OUT; `close` leaves it for the next run to go on from.
+
+    path: the folder to write into. scratch: a folder in it for what is not part of the result.
+    """
+
+    def __init__(self, out: str | Path, source: Path | None = None, *, overwrite: bool = False) -> None:
+        refuse_output(Path(out), source, overwrite=overwrite)
+        self.out = _real(Path(out))
+        self.path = self.out.with_name(self.out.name + PARTIAL_SUFFIX)
+        self.scratch = self.path / SCRATCH_FOLDER
+        self._replaced = self.out.with_name(self.out.name + REPLACED_SUFFIX)
+        self._overwrite = overwrite
+        self._lock = -1
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise output_error(self.path, error) from error
+
+    def __enter__(self) -> PartialFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if self.path.exists() and not self.scratch.is_dir() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise PlanError(
+                f"{self.path} is in the way and was not made by an earlier run.", "move it, or choose another output"
+            )
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if (self.scratch / REPLACING_FILE).exists():
+            self._bring_old_back()
+            refuse_output(self.out, overwrite=self._overwrite)
+        if self._overwrite and self._replaced.exists():
+            raise PlanError(f"{self._replaced} is in the way of replacing {self.out}.", "move or delete it")
+        for leftover in self.path.iterdir():
+            if leftover != self.scratch and leftover.suffix != ".safetensors":
+                _delete(leftover)
+
+    def _take_lock(self) -> None:
+        descriptor = os.open(self.scratch / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise PlanError(
+                f"{self.path} is being written by another process (pid {holder}).",
+                "wait for it, or choose another output folder",
+            ) from None
+        self._lock = descriptor
+        if not (self.scratch / LOCK_FILE).exists() or not os.path.samestat(
+            os.fstat(descriptor), (self.scratch / LOCK_FILE).stat()
+        ):
+            raise PlanError(f"{self.out} was finished by another process meanwhile.", "choose another output folder")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def reserve(self, nbytes: int) -> None:
+        """Refuse now if the disk has no room for `nbytes` more.
+
+        Raises:
+            OutputError: fewer bytes are free.
+        """
+        if free_bytes(self.path) < nbytes:
+            raise disk_full(self.path, nbytes)
+
+    def clear(self) -> None:
+        """Delete what earlier runs left, to begin afresh."""
+        for entry in self.path.iterdir():
+            if entry == self.scratch:
+                for kept in entry.iterdir():
+                    if kept.name != LOCK_FILE:
+                        _delete(kept)
+            else:
+                _delete(entry)
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file whole: temporary name, sync, rename. `name` may lie in a subfolder."""
+        final = self.path / name
+        temporary = final.with_name(final.name + UNFINISHED_SUFFIX)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(final)
+            sync_folder(final.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise output_error(final, error, len(content)) from error
+
+    def finish(self) -> Path:
+        """Give the folder its final name, in one rename; what it replaces is deleted afterwards.
+
+        Raises:
+            OutputError: the rename failed, or OUT appeared meanwhile and may not be overwritten.
+        """
+        try:
+            sync_folder(self.path)
+            self._put_old_aside()
+            self.path.rename(self.out)
+            sync_folder(self.out.parent)
+        except OSError as error:
+            self._bring_old_back()
+            raise output_error(self.out, error) from error
+        self.close()
+        if self._overwrite:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        shutil.rmtree(self.out / SCRATCH_FOLDER, ignore_errors=True)
+        return self.out
+
+    def _put_old_aside(self) -> None:
+        if not self.out.exists():
+            return
+        if not self._overwrite:
+            raise OutputError(
+                f"{self.out} appeared while {self.path} was written; the result stays there.",
+                f"move one of them: mv {self.path} elsewhere",
+            )
+        refuse_output(self.out, overwrite=True)
+        if self._replaced.exists():
+            raise OutputError(
+                f"{self._replaced} is in the way of replacing {self.out}.", "move or delete it, try again"
+            )
+        self.out.rename(self._replaced)
+
+    def _bring_old_back(self) -> None:
+        if self._replaced.exists() and not self.out.exists():
+            self._replaced.rename(self.out)
+
+    def close(self) -> None:
+        """Release the lock. What was written stays, to be gone on from."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def discard(self) -> None:
+        """Delete the folder and all that was written."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
