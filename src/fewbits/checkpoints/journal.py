@@ -13,29 +13,36 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.checkpoints.headers import shown
-from fewbits.checkpoints.partial import SCRATCH_FOLDER
+from fewbits.checkpoints.partial import JOURNAL_FILE, SCRATCH_FOLDER
 from fewbits.checkpoints.writer import output_error, sync_folder
 from fewbits.errors import PlanError
 
-JOURNAL_FILE = "journal.jsonl"
-RECORD_KEYS = {"shard", "bytes", "tensors", "layers", "notes", "extra"}
+Record = dict[str, Any]
+BEGIN_KEYS = {"fingerprint"}
+SHARD_KEYS = {"shard", "bytes", "tensors", "layers", "notes", "extra"}
+CARRY_KEYS = {"carry"}
 
 
 class Journal:
-    """An open journal. `finished` has a record for every shard that need not be made again, in the order they came.
+    """An open journal.
 
-    A record: shard, bytes, tensors {name: sha256}, layers, notes, extra.
+    finished: a record for every shard that need not be made again, in the order they came: shard, bytes, tensors
+        {name: sha256}, layers, notes, extra.
+    carried: layers found unfit on the way, to be left unquantized.
     """
 
-    def __init__(self, folder: Path, file: Path, finished: dict[str, dict[str, Any]]) -> None:
-        self.folder = folder
-        self.finished = finished
-        self._file = file
-        self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+    def __init__(self, folder: Path, records: Sequence[Record]) -> None:
+        self.finished = {record["shard"]: record for record in records if "shard" in record}
+        self.carried = [record["carry"] for record in records if "carry" in record]
+        self._folder = folder
+        self._file = _file(folder)
+        self._descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND)
 
     @classmethod
     def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> Journal:
         """Begin a journal in `folder` (OUT.partial), or go on with the one that is there.
+
+        Shards in the folder that the journal does not know are deleted: they will be made again.
 
         Args:
             fingerprint: all that the bytes of the result depend on, as JSON.
@@ -44,20 +51,21 @@ class Journal:
             PlanError: the journal there was begun with another fingerprint.
             OutputError: the journal cannot be written.
         """
-        file = folder / SCRATCH_FOLDER / JOURNAL_FILE
+        file = _file(folder)
         begun = json.loads(json.dumps(fingerprint))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            content = file.read_bytes() if file.exists() else b""
-            records, kept_bytes = _whole_records(content)
-            if not records:
-                kept_bytes = _begin(file, {"fingerprint": begun})
-            else:
+            records, lengths = _whole_records(file.read_bytes() if file.exists() else b"")
+            if records:
                 _refuse_other(folder, records[0]["fingerprint"], begun)
-            finished, kept_bytes = _finished(folder, records[1:], content, kept_bytes)
-            os.truncate(file, kept_bytes)
-            _delete_unrecorded(folder, finished)
-            return cls(folder, file, finished)
+                kept = _standing(folder, records)
+                os.truncate(file, sum(lengths[: len(kept)]))
+            else:
+                kept = [{"fingerprint": begun}]
+                _begin(file, kept[0])
+            journal = cls(folder, kept)
+            journal._delete_unrecorded()
+            return journal
         except OSError as error:
             raise output_error(file, error) from error
 
@@ -67,7 +75,7 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def record(
+    def append(
         self,
         shard: str,
         tensors: Mapping[str, str],
@@ -75,21 +83,40 @@ class Journal:
         notes: Sequence[Any] = (),
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write down a shard that has reached the disk under its final name; on return the record has, too."""
-        entry = {
+        """Write down a shard that has reached the disk under its final name; on return the record has, too.
+
+        Args:
+            shard: file name. tensors: SHA-256 by tensor name, from `ShardWriter.close`.
+            layers, notes, extra: whatever is to be known of it after an interruption, as JSON.
+        """
+        record = {
             "shard": shard,
-            "bytes": (self.folder / shard).stat().st_size,
+            "bytes": (self._folder / shard).stat().st_size,
             "tensors": dict(tensors),
             "layers": list(layers),
             "notes": list(notes),
             "extra": dict(extra or {}),
         }
-        line = _line(entry)
+        self.finished[shard] = self._write(record)
+
+    def carry(self, layer: str) -> None:
+        """Write down that a layer is to be left unquantized, whatever the config says."""
+        self._write({"carry": layer})
+        self.carried.append(layer)
+
+    def _write(self, record: Record) -> Record:
+        line = _line(record)
         try:
             _append(self._descriptor, line)
         except OSError as error:
             raise output_error(self._file, error, len(line)) from error
-        self.finished[shard] = json.loads(line)
+        written: Record = json.loads(line)
+        return written
+
+    def _delete_unrecorded(self) -> None:
+        for shard in self._folder.glob("*.safetensors"):
+            if shard.name not in self.finished:
+                shard.unlink()
 
     def close(self) -> None:
         """Close the file."""
@@ -98,8 +125,12 @@ class Journal:
             self._descriptor = -1
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, separators=(",", ":"), allow_nan=True).encode() + b"\n"
+def _file(folder: Path) -> Path:
+    return folder / SCRATCH_FOLDER / JOURNAL_FILE
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
 def _append(descriptor: int, line: bytes) -> None:
@@ -109,52 +140,42 @@ def _append(descriptor: int, line: bytes) -> None:
     os.fsync(descriptor)
 
 
-def _begin(file: Path, record: Mapping[str, Any]) -> int:
+def _begin(file: Path, record: Record) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         _append(descriptor, _line(record))
     finally:
         os.close(descriptor)
     sync_folder(file.parent)
-    return file.stat().st_size
 
 
-def _whole_records(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The records up to the first that is torn, and the bytes they take."""
-    records: list[dict[str, Any]] = []
-    end = 0
+def _whole_records(content: bytes) -> tuple[list[Record], list[int]]:
+    """The records before the first that is torn, and the length of each one's line."""
+    records: list[Record] = []
+    lengths: list[int] = []
     for line in content.splitlines(keepends=True):
         try:
             record = json.loads(line)
         except ValueError:
             break
-        expected = RECORD_KEYS if records else {"fingerprint"}
-        if not line.endswith(b"\n") or not isinstance(record, dict) or set(record) != expected:
+        expected = (SHARD_KEYS, CARRY_KEYS) if records else (BEGIN_KEYS,)
+        if not line.endswith(b"\n") or not isinstance(record, dict) or set(record) not in expected:
             break
         records.append(record)
-        end += len(line)
-    return records, end
+        lengths.append(len(line))
+    return records, lengths
 
 
-def _finished(
-    folder: Path, records: Sequence[dict[str, Any]], content: bytes, kept_bytes: int
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """The records whose shards are there, whole; the first that is not ends the journal, as later ones build on it."""
-    finished: dict[str, dict[str, Any]] = {}
-    lines = content.splitlines(keepends=True)
-    for number, record in enumerate(records, start=1):
-        shard = folder / record["shard"]
-        if not shard.is_file() or shard.stat().st_size != record["bytes"]:
-            return finished, sum(map(len, lines[:number]))
-        finished[record["shard"]] = record
-    return finished, kept_bytes
-
-
-def _delete_unrecorded(folder: Path, finished: Mapping[str, Any]) -> None:
-    """Shards that got their name but not their record will be made again, perhaps under other names."""
-    for shard in folder.glob("*.safetensors"):
-        if shard.name not in finished:
-            shard.unlink()
+def _standing(folder: Path, records: Sequence[Record]) -> list[Record]:
+    """The records before the first whose shard is gone or cut; later ones may build on it."""
+    kept: list[Record] = []
+    for record in records:
+        if "shard" in record:
+            shard = folder / record["shard"]
+            if not shard.is_file() or shard.stat().st_size != record["bytes"]:
+                break
+        kept.append(record)
+    return kept
 
 
 def _refuse_other(folder: Path, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fewbits.checkpoints.folder import CONFIG_FILE
 from fewbits.checkpoints.writer import UNFINISHED_SUFFIX, disk_full, free_bytes, output_error, sync_folder
-from fewbits.errors import OutputError, PlanError
+from fewbits.errors import CheckpointError, OutputError, PlanError
+
+if TYPE_CHECKING:
+    from fewbits.checkpoints.reader import Checkpoint
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 # Journal, lock and spilled states live here; it never comes into OUT for longer than it takes to delete it.
 SCRATCH_FOLDER = ".fewbits"
 LOCK_FILE = "lock"
+JOURNAL_FILE = "journal.jsonl"
 # There while the old OUT is put aside: a run killed between the two renames is put right by the next.
 REPLACING_FILE = "replacing"
 
@@ -66,11 +73,28 @@ class PartialFolder:
     """OUT.partial, open and locked. `finish` makes it OUT; `close` leaves it for the next run to go on from.
 
     path: the folder to write into. scratch: a folder in it for what is not part of the result.
+
+    Args:
+        out: the final name; refused if it exists, unless `overwrite`.
+        source: the checkpoint that is read, which the output must not be entangled with.
+        needed_bytes: size of the result; refused if the disk has less room than is still missing.
+
+    Raises:
+        PlanError: another name is to be chosen, or another process is writing there.
+        OutputError: the folder cannot be made, or the disk is too full.
     """
 
-    def __init__(self, out: str | Path, source: Path | None = None, *, overwrite: bool = False) -> None:
-        refuse_output(Path(out), source, overwrite=overwrite)
+    def __init__(
+        self,
+        out: str | Path,
+        source: Checkpoint | None = None,
+        needed_bytes: int = 0,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        refuse_output(Path(out), None if source is None else source.path, overwrite=overwrite)
         self.out = _real(Path(out))
+        self._source = source
         self.path = self.out.with_name(self.out.name + PARTIAL_SUFFIX)
         self.scratch = self.path / SCRATCH_FOLDER
         self._replaced = self.out.with_name(self.out.name + REPLACED_SUFFIX)
@@ -78,9 +102,13 @@ class PartialFolder:
         self._lock = -1
         try:
             self._open()
+            self._require_room(needed_bytes)
         except OSError as error:
             self.close()
             raise output_error(self.path, error) from error
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> PartialFolder:
         return self
@@ -123,24 +151,10 @@ class PartialFolder:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
-    def reserve(self, nbytes: int) -> None:
-        """Refuse now if the disk has no room for `nbytes` more.
-
-        Raises:
-            OutputError: fewer bytes are free.
-        """
-        if free_bytes(self.path) < nbytes:
-            raise disk_full(self.path, nbytes)
-
-    def clear(self) -> None:
-        """Delete what earlier runs left, to begin afresh."""
-        for entry in self.path.iterdir():
-            if entry == self.scratch:
-                for kept in entry.iterdir():
-                    if kept.name != LOCK_FILE:
-                        _delete(kept)
-            else:
-                _delete(entry)
+    def _require_room(self, needed_bytes: int) -> None:
+        missing = needed_bytes - sum(shard.stat().st_size for shard in self.path.glob("*.safetensors"))
+        if free_bytes(self.path) < missing:
+            raise disk_full(self.path, missing)
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a small file whole: temporary name, sync, rename. `name` may lie in a subfolder."""
@@ -159,6 +173,21 @@ class PartialFolder:
                 temporary.unlink(missing_ok=True)
             raise output_error(final, error, len(content)) from error
 
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file."""
+        self.write_file(name, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def copy_companions(self) -> None:
+        """Copy the source's small files as they are."""
+        if self._source is None:
+            return
+        for companion in self._source.companions:
+            try:
+                content = companion.read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"{companion} cannot be read: {error.strerror}.") from error
+            self.write_file(str(companion.relative_to(self._source.path)), content)
+
     def finish(self) -> Path:
         """Give the folder its final name, in one rename; what it replaces is deleted afterwards.
 
@@ -173,7 +202,7 @@ class PartialFolder:
         except OSError as error:
             self._bring_old_back()
             raise output_error(self.out, error) from error
-        self.close()
+        self._release()
         if self._overwrite:
             shutil.rmtree(self._replaced, ignore_errors=True)
         shutil.rmtree(self.out / SCRATCH_FOLDER, ignore_errors=True)
@@ -199,10 +228,20 @@ class PartialFolder:
             self._replaced.rename(self.out)
 
     def close(self) -> None:
-        """Release the lock. What was written stays, to be gone on from."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Release the lock. What was written stays, to be gone on from; if that is nothing, the folder goes."""
+        if self._lock < 0:
+            return
+        if self.path.exists() and not self._worth_keeping():
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        os.close(self._lock)
+        self._lock = -1
+
+    def _worth_keeping(self) -> bool:
+        spilled = any(entry.name not in (LOCK_FILE, JOURNAL_FILE) for entry in self.scratch.iterdir())
+        return spilled or any(self.path.glob("*.safetensors"))
 
     def discard(self) -> None:
         """Delete the folder and all that was written."""
