@@ -1,0 +1,133 @@
+"""Packing: codes of 1 to 8 bits as little-endian streams of 32-bit words, and weights sealed into them.
+
+Field i of a stream takes bits [i·b, (i+1)·b), counted from the least significant bit of word 0 upward. This is the
+portable form; it moves whole fields with integer arithmetic and is the oracle of the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fewbits.methods import QuantMethod
+from fewbits.schemes import Scheme
+from fewbits.tensors import QuantizedWeight
+
+
+def words_for(count: int, bits: int) -> int:
+    """32-bit words that hold `count` fields.
+
+    >>> words_for(9, 4)
+    2
+    """
+    return -(-count * bits // 32)
+
+
+def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 codes [R, C] below 2^bits along each row: int32 [R, ceil(C·bits/32)], padded with zero.
+
+    >>> [hex(word) for word in pack_rows(torch.arange(8, dtype=torch.uint8)[None], 4)[0].tolist()]
+    ['0x76543210']
+    """
+    rows, columns = codes.shape
+    # The pattern of fields and words repeats after `period` fields, which fill `words` words exactly.
+    period = 32 // math.gcd(32, bits)
+    words = period * bits // 32
+    padded = torch.zeros((rows, -(-columns // period) * period), dtype=torch.int64, device=codes.device)
+    padded[:, :columns] = codes
+    fields = padded.view(rows, -1, period)
+    packed = torch.zeros((rows, fields.shape[1], words + 1), dtype=torch.int64, device=codes.device)
+    for index in range(period):
+        word, shift = divmod(index * bits, 32)
+        shifted = fields[:, :, index] << shift
+        packed[:, :, word] |= shifted & 0xFFFFFFFF
+        packed[:, :, word + 1] |= shifted >> 32
+    stream = packed[:, :, :words].reshape(rows, -1)[:, : words_for(columns, bits)]
+    return _signed_words(stream)
+
+
+def _signed_words(words: torch.Tensor) -> torch.Tensor:
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_rows(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Inverse of `pack_rows`: uint8 [R, columns]."""
+    rows = words.shape[0]
+    period = 32 // math.gcd(32, bits)
+    per_period = period * bits // 32
+    count = -(-words.shape[1] // per_period)
+    wide = torch.zeros((rows, count * per_period), dtype=torch.int64, device=words.device)
+    wide[:, : words.shape[1]] = words.to(torch.int64) & 0xFFFFFFFF
+    wide = wide.view(rows, count, per_period)
+    codes = torch.empty((rows, count, period), dtype=torch.uint8, device=words.device)
+    for index in range(period):
+        word, shift = divmod(index * bits, 32)
+        field = wide[:, :, word] >> shift
+        if shift + bits > 32:
+            field = field | (wide[:, :, word + 1] << (32 - shift))
+        codes[:, :, index] = (field & (2**bits - 1)).to(torch.uint8)
+    return codes.view(rows, -1)[:, :columns].contiguous()
+
+
+def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 codes [R, C] down each column: int32 [ceil(R·bits/32), C]."""
+    return pack_rows(codes.t().contiguous(), bits).t().contiguous()
+
+
+def unpack_columns(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
+    """Inverse of `pack_columns`: uint8 [rows, C]."""
+    return unpack_rows(words.t().contiguous(), bits, rows).t().contiguous()
+
+
+def seal(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, method: QuantMethod
+) -> QuantizedWeight:
+    """Put a solver's codes into the form that kernels run on and formats write.
+
+    Args:
+        codes: uint8 [N, K], unsigned; float8_e4m3fn for fp8; int8 signed codes are taken as they are at 8 bits.
+        scales: [N, G] in the stored dtype. zeros: uint8 [N, G], unsigned; None if symmetric.
+    """
+    scheme = method.scheme
+    shape = (codes.shape[0], codes.shape[1])
+    if scheme.kind == "float" or codes.dtype == torch.int8:
+        return QuantizedWeight(codes, scales, None, shape, method, scheme.group_size)
+    if scheme.bits == 8:
+        signed = None if zeros is None else flip_top_bit(zeros, torch.int8)
+        return QuantizedWeight(flip_top_bit(codes, torch.int8), scales, signed, shape, method, scheme.group_size)
+    return QuantizedWeight(pack_rows(codes, scheme.bits), scales, zeros, shape, method, scheme.group_size)
+
+
+def open_codes(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Inverse of `seal`: codes (uint8 unsigned, or float8), scales, zeros (uint8 unsigned, or None)."""
+    scheme = weight.method.scheme
+    if scheme.kind == "float":
+        return weight.data, weight.scales, None
+    if scheme.bits == 8:
+        zeros = None if weight.zero_points is None else flip_top_bit(weight.zero_points, torch.uint8)
+        return flip_top_bit(weight.data, torch.uint8), weight.scales, zeros
+    return unpack_rows(weight.data, scheme.bits, weight.shape[1]), weight.scales, weight.zero_points
+
+
+def flip_top_bit(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """8-bit codes from signed to unsigned or back: adding or taking 128 flips the top bit."""
+    return (codes.contiguous().view(torch.uint8) ^ 0x80).view(dtype)
+
+
+def decode(weight: QuantizedWeight) -> torch.Tensor:
+    """W = (code − zero) · scale in fp32, [N, K]."""
+    codes, scales, zeros = open_codes(weight)
+    return decode_codes(codes, scales, zeros, weight.method.scheme)
+
+
+def decode_codes(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """W = (code − zero) · scale in fp32 from a solver's codes."""
+    rows, columns = codes.shape
+    values = codes.to(torch.float32).view(rows, scales.shape[1], -1)
+    if scheme.kind == "int":
+        offsets = scheme.midpoint if zeros is None else zeros.to(torch.float32)[:, :, None]
+        values = values - offsets
+    return (values * scales.to(torch.float32)[:, :, None]).view(rows, columns)
