@@ -1,0 +1,202 @@
+"""compressed-tensors: how a linear's numbers lie in safetensors files that vLLM, SGLang and transformers load.
+
+| format          | schemes                   | tensors under `<module>.`                                       |
+|-----------------|---------------------------|-----------------------------------------------------------------|
+| pack-quantized  | int 2, 4, 8, weights only | weight_packed, weight_scale, weight_shape (, weight_zero_point) |
+| int-quantized   | int8, dynamic activations | weight (int8), weight_scale                                     |
+| float-quantized | fp8, dynamic activations  | weight (float8_e4m3fn), weight_scale                            |
+| naive-quantized | fp8, weights only         | weight (float8_e4m3fn), weight_scale                            |
+
+Codes pack along the inputs of a row, zero points along the outputs of a group column; docs/decisions/0002 says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from fewbits.errors import CheckpointError
+from fewbits.formats.compressed_tensors_config import format_of, quantization_config, schemes_from_config
+from fewbits.layout import OutputTensor, stored_dtype
+from fewbits.methods import GPTQ, Fp8E4M3, GroupSize, Int4Asymmetric, Int8Symmetric, QuantMethod
+from fewbits.packing import flip_top_bit, pack_columns, unpack_columns, words_for
+from fewbits.schemes import Scheme
+from fewbits.tensors import QuantizedWeight
+
+__all__ = [
+    "NAME",
+    "decode",
+    "encode",
+    "method_of",
+    "quantization_config",
+    "quantized_modules",
+    "schemes_from_config",
+    "stored_rows",
+    "tensors_for",
+    "why_not",
+]
+
+NAME = "compressed-tensors"
+PACKED_BITS = (2, 4, 8)
+SCALE_DTYPES = ("BF16", "F16", "F32")
+# Zero points of 32 rows fill whole words at every width.
+ROW_MULTIPLE = 32
+_DAMAGED = "the checkpoint is damaged, or its config.json belongs to another: fetch it again"
+
+
+def quantized_modules(tensors: Iterable[str]) -> list[str]:
+    """The modules that stored tensors show to be quantized, in order."""
+    suffixes = (".weight_packed", ".weight_scale")
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(suffixes)))
+
+
+def why_not(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """The reason why a weight [out, in] of this scheme cannot be stored, or None."""
+    if scheme.kind == "float":
+        if scheme != Scheme("float", 8, symmetric=True, activations=scheme.activations):
+            return f"compressed-tensors stores floats as fp8 per channel, not {scheme}"
+        return None
+    if scheme.activations is not None:
+        if (scheme.bits, scheme.symmetric, scheme.group_size) != (8, True, 0):
+            return f"compressed-tensors takes dynamic activations with symmetric int8 per channel, not {scheme}"
+        return None
+    if scheme.bits not in PACKED_BITS:
+        return f"compressed-tensors stores ints of 2, 4 or 8 bits; readers disagree on the layout of {scheme.bits}"
+    if not scheme.divides(shape[1]):
+        return f"group size {scheme.group_size} does not divide {shape[1]} inputs"
+    return None
+
+
+def tensors_for(module: str, scheme: Scheme, shape: tuple[int, int], scale_dtype: str) -> tuple[OutputTensor, ...]:
+    """The tensors that hold a weight [out, in] of this scheme.
+
+    Args:
+        scale_dtype: safetensors name of the dtype of the scales ("BF16").
+    """
+    rows, columns = shape
+    scale = OutputTensor(f"{module}.weight_scale", scale_dtype, (rows, scheme.groups(columns)))
+    if not _is_packed(scheme):
+        return (OutputTensor(f"{module}.weight", "I8" if scheme.kind == "int" else "F8_E4M3", shape), scale)
+    packed = OutputTensor(f"{module}.weight_packed", "I32", (rows, words_for(columns, scheme.bits)))
+    size = OutputTensor(f"{module}.weight_shape", "I64", (2,))
+    if scheme.symmetric:
+        return (packed, scale, size)
+    zeros = (words_for(rows, scheme.bits), scheme.groups(columns))
+    return (packed, scale, size, OutputTensor(f"{module}.weight_zero_point", "I32", zeros))
+
+
+def stored_rows(tensor: str, scheme: Scheme, start: int, stop: int) -> tuple[int, int]:
+    """The rows of a stored tensor that hold rows [start, stop) of the weight; `start` is a multiple of 32."""
+    if tensor.endswith(".weight_zero_point"):
+        return start * scheme.bits // 32, words_for(stop, scheme.bits)
+    return (0, 2) if tensor.endswith(".weight_shape") else (start, stop)
+
+
+def encode(module: str, weight: QuantizedWeight, shape: tuple[int, int], first_row: int = 0) -> dict[str, torch.Tensor]:
+    """The stored tensors of a weight, or of a tile of its rows.
+
+    Tiles are encoded in order; each tensor's parts follow each other in the file. `weight_shape` comes with the first.
+
+    Args:
+        weight: rows [first_row, first_row + R) of the weight. `first_row` is a multiple of 32, and so is R unless the
+            tile is the last.
+        shape: [out, in] of the whole weight.
+    """
+    scheme, rows = weight.method.scheme, weight.shape[0]
+    if first_row % ROW_MULTIPLE or (rows % ROW_MULTIPLE and first_row + rows != shape[0]):
+        raise ValueError(f"{module}: rows {first_row} to {first_row + rows} of {shape[0]} are no tile of whole words")
+    if not _is_packed(scheme):
+        return {f"{module}.weight": weight.data, f"{module}.weight_scale": weight.scales}
+    data = _words_of_bytes(flip_top_bit(weight.data, torch.uint8)) if scheme.bits == 8 else weight.data
+    encoded = {f"{module}.weight_packed": data, f"{module}.weight_scale": weight.scales}
+    if first_row == 0:
+        encoded[f"{module}.weight_shape"] = torch.tensor(shape, dtype=torch.int64)
+    if weight.zero_points is not None:
+        zeros = weight.zero_points
+        unsigned = flip_top_bit(zeros, torch.uint8) if scheme.bits == 8 else zeros
+        encoded[f"{module}.weight_zero_point"] = pack_columns(unsigned, scheme.bits)
+    return encoded
+
+
+def decode(
+    module: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int] | None = None
+) -> QuantizedWeight:
+    """The weight that stored tensors hold.
+
+    Args:
+        tensors: by full name, whole or the rows that `stored_rows` names for a tile.
+        shape: [rows, in] of what is given; read from the tensors by default.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another dtype or shape than the scheme asks for.
+    """
+    shape = shape or _shape_of(module, tensors, scheme)
+    scale = _required(module, tensors, f"{module}.weight_scale")
+    for expected in tensors_for(module, scheme, shape, stored_dtype(scale.dtype)):
+        if not expected.name.endswith(".weight_shape"):
+            _check(_required(module, tensors, expected.name), expected, scheme)
+    if not _is_packed(scheme):
+        data, zeros = tensors[f"{module}.weight"], None
+    else:
+        data, zeros = tensors[f"{module}.weight_packed"], tensors.get(f"{module}.weight_zero_point")
+        zeros = None if zeros is None or scheme.symmetric else unpack_columns(zeros, scheme.bits, shape[0])
+        if scheme.bits == 8:
+            data = flip_top_bit(data.contiguous().view(torch.uint8)[:, : shape[1]], torch.int8)
+            zeros = None if zeros is None else flip_top_bit(zeros, torch.int8)
+    return QuantizedWeight(data, scale, zeros, shape, method_of(scheme), scheme.group_size)
+
+
+def method_of(scheme: Scheme) -> QuantMethod:
+    """A method that stores this scheme; a file does not say how its codes were chosen."""
+    group_size: GroupSize = scheme.group_size or "channel"
+    candidates: tuple[QuantMethod, ...] = (
+        Int8Symmetric(scheme.activations),
+        Fp8E4M3(scheme.activations),
+        Int4Asymmetric(group_size),
+        GPTQ(scheme.bits, group_size, scheme.symmetric),
+    )
+    for method in candidates:
+        if method.scheme == scheme:
+            return method
+    raise CheckpointError(
+        f"no method of fewbits stores {scheme}.", "see `fewbits inspect` for what the checkpoint holds"
+    )
+
+
+def _is_packed(scheme: Scheme) -> bool:
+    return format_of(scheme) == "pack-quantized"
+
+
+def _words_of_bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Four codes of 8 bits to a word, the first in the lowest byte."""
+    missing = -codes.shape[1] % 4
+    padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes.contiguous()
+    return padded.view(torch.int32)
+
+
+def _required(module: str, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in tensors:
+        found = ", ".join(sorted(key.removeprefix(f"{module}.") for key in tensors)) or "nothing"
+        raise CheckpointError(f"{module}: {name} is missing; found {found}.", _DAMAGED)
+    return tensors[name]
+
+
+def _check(tensor: torch.Tensor, expected: OutputTensor, scheme: Scheme) -> None:
+    found = (stored_dtype(tensor.dtype), tuple(tensor.shape))
+    if expected.dtype not in SCALE_DTYPES:
+        wanted = f"{expected.dtype} {list(expected.shape)}"
+    else:
+        wanted = f"a float {list(expected.shape)}"
+    if found[1] != expected.shape or found[0] != expected.dtype or (wanted[0] == "a" and found[0] not in SCALE_DTYPES):
+        raise CheckpointError(f"{expected.name} is {found[0]} {list(found[1])}; {scheme} takes {wanted}.", _DAMAGED)
+
+
+def _shape_of(module: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[int, int]:
+    if _is_packed(scheme):
+        sizes = [int(size) for size in _required(module, tensors, f"{module}.weight_shape").tolist()]
+    else:
+        sizes = list(_required(module, tensors, f"{module}.weight").shape)
+    if len(sizes) != 2:
+        raise CheckpointError(f"{module} has the shape {sizes}; a linear's weight has two dimensions.", _DAMAGED)
+    return sizes[0], sizes[1]
