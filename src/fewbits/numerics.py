@@ -1,0 +1,201 @@
+"""Numerics: scales, zero points and codes of a weight's rows in portable torch. The oracle of the compiled kernels.
+
+Scales are rounded to the dtype they are stored in first, and codes computed with the rounded scale, in fp32. Rows are
+independent; large weights are worked on in runs of rows that stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fewbits.schemes import Scheme
+
+CHUNK_BYTES = 4 * 2**20
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows of a weight after rounding.
+
+    codes: int8 (per-channel int8, signed), float8_e4m3fn, or uint8 (groups, unsigned) [R, K]. scales: [R, G].
+    zeros: uint8 [R, G], None if symmetric. squared_error: Σ (W − Ŵ)². squared_norm: Σ W². nonfinite: some W is.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    squared_error: float
+    squared_norm: float
+    nonfinite: bool
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a group's scale is searched: range factors from 1 down to `narrowest`, the least Σ wₖ |error|^power wins.
+
+    `steps` counts the factors; 1 is plain min/max. Min/max itself is always among the candidates.
+    """
+
+    steps: int = 1
+    narrowest: float = 0.8
+    power: int = 2
+
+    def factors(self) -> list[float]:
+        """Factors of the min/max range, widest first."""
+        if self.steps == 1:
+            return [1.0]
+        return [1.0 - (1.0 - self.narrowest) * step / (self.steps - 1) for step in range(self.steps)]
+
+
+MINMAX = Search()
+
+
+def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round positive fp32 scales to `dtype`, never below its smallest normal nor above its largest finite number.
+
+    A scale of zero (an all-zero row or group) becomes 1.
+    """
+    limits = torch.finfo(dtype)
+    rounded = scale.clamp(limits.tiny, limits.max).to(dtype)
+    return torch.where(scale == 0, torch.ones((), dtype=dtype), rounded)
+
+
+def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        yield weight[start : start + rows].to(torch.float32)
+
+
+RoundChunk = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]]
+
+
+def _by_chunks(weight: torch.Tensor, round_chunk: RoundChunk) -> Rounded:
+    parts = []
+    squared_error = squared_norm = 0.0
+    nonfinite = False
+    for chunk in _chunks(weight):
+        nonfinite = nonfinite or not bool(torch.isfinite(chunk).all())
+        codes, scales, zeros, decoded = round_chunk(chunk)
+        parts.append((codes, scales, zeros))
+        squared_error += (chunk - decoded).double().square().sum(1).sum().item()
+        squared_norm += chunk.double().square().sum(1).sum().item()
+    codes = torch.cat([part[0] for part in parts])
+    scales = torch.cat([part[1] for part in parts])
+    zeros = [part[2] for part in parts if part[2] is not None]
+    return Rounded(codes, scales, torch.cat(zeros) if zeros else None, squared_error, squared_norm, nonfinite)
+
+
+def round_channel_int8(weight: torch.Tensor, scale_dtype: torch.dtype) -> Rounded:
+    """Symmetric int8 with one scale per row: scale = max|w| / 127, codes half to even within ±127."""
+
+    def chunk_codes(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor]:
+        scales = stored_scale(chunk.abs().amax(1, keepdim=True) / 127, scale_dtype)
+        wide = scales.float()
+        codes = (chunk / wide).round_().clamp_(-127, 127)
+        return codes.to(torch.int8), scales, None, codes * wide
+
+    return _by_chunks(weight, chunk_codes)
+
+
+def round_channel_fp8(weight: torch.Tensor, scale_dtype: torch.dtype) -> Rounded:
+    """float8 e4m3fn with one scale per row: scale = max|w| / 448, nearest even, saturating."""
+
+    def chunk_codes(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor]:
+        scales = stored_scale(chunk.abs().amax(1, keepdim=True) / FP8_MAX, scale_dtype)
+        wide = scales.float()
+        codes = (chunk / wide).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return codes, scales, None, codes.float() * wide
+
+    return _by_chunks(weight, chunk_codes)
+
+
+def round_groups(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    search: Search = MINMAX,
+    importance: torch.Tensor | None = None,
+) -> Rounded:
+    """Ints with a scale (and zero point) per group of inputs, searched for the least weighted error.
+
+    Args:
+        weight: [R, K]. scheme: an int scheme; group_size 0 is one group a row.
+        importance: fp32 [K], weight of each input's error; all ones if None.
+    """
+    rows, columns = weight.shape
+    groups = scheme.groups(columns)
+    weights = None if importance is None else importance.float().view(1, groups, -1)
+
+    def chunk_codes(
+        chunk: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        grouped = chunk.view(chunk.shape[0], groups, -1)
+        codes, scales, zeros = best_grid(grouped, scheme, scale_dtype, search, weights)
+        offset = scheme.midpoint if zeros is None else zeros[:, :, None]
+        decoded = (codes - offset) * scales.float()[:, :, None]
+        stored_zeros = None if zeros is None else zeros.to(torch.uint8)
+        return codes.to(torch.uint8).view(chunk.shape), scales, stored_zeros, decoded.view(chunk.shape)
+
+    return _by_chunks(weight, chunk_codes)
+
+
+def best_grid(
+    grouped: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    search: Search,
+    importance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The candidate grid of least error for each group.
+
+    Args:
+        grouped: fp32 [R, G, g]. importance: fp32, broadcasts against `grouped`.
+
+    Returns:
+        Codes fp32 [R, G, g] unsigned, scales [R, G] in `scale_dtype`, zero points fp32 [R, G] (None if symmetric).
+    """
+    low = grouped.amin(2).clamp_max(0)
+    high = grouped.amax(2).clamp_min(0)
+    best_loss: torch.Tensor | None = None
+    for factor in search.factors():
+        for scales, zeros in _candidates(low * factor, high * factor, scheme, scale_dtype):
+            wide = scales.float()[:, :, None]
+            offset = zeros[:, :, None]
+            codes = (grouped / wide + offset).round_().clamp_(0, scheme.largest_code)
+            error = (codes - offset) * wide - grouped
+            powered = error.square() if search.power == 2 else error.abs().pow_(search.power)
+            loss = (powered if importance is None else powered * importance).sum(2)
+            if best_loss is None:
+                best_loss, best = loss, (codes, scales, zeros)
+                continue
+            better = loss < best_loss
+            best_loss = torch.where(better, loss, best_loss)
+            best = (
+                torch.where(better[:, :, None], codes, best[0]),
+                torch.where(better, scales, best[1]),
+                torch.where(better, zeros, best[2]),
+            )
+    codes, scales, zeros = best
+    return codes, scales, None if scheme.symmetric else zeros
+
+
+def _candidates(
+    low: torch.Tensor, high: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Grids for one range: asymmetric one, symmetric one for each sign of the scale below 8 bits."""
+    if not scheme.symmetric:
+        scales = stored_scale((high - low) / scheme.largest_code, scale_dtype)
+        zeros = (-low / scales.float()).round_().clamp_(0, scheme.largest_code)
+        yield scales, zeros
+        return
+    middle = torch.full_like(low, float(scheme.midpoint))
+    extreme = torch.where(high > -low, high, low)
+    # The group's extreme goes to code 0, on whichever side it lies: all 2^bits levels serve.
+    magnitude = stored_scale(extreme.abs() / max(scheme.midpoint, 1), scale_dtype)
+    yield torch.where(extreme > 0, -magnitude, magnitude), middle
+    if scheme.bits > 1:
+        yield stored_scale(extreme.abs() / (scheme.midpoint - 1), scale_dtype), middle

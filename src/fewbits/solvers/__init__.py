@@ -1,0 +1,1 @@
+"""Solvers: how the codes of a weight are chosen once its scheme is known."""
