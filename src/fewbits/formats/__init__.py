@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from fewbits.formats import compressed_tensors
+from fewbits.formats.compressed_tensors import Shaped
 from fewbits.layout import OutputTensor
 from fewbits.schemes import Scheme
 from fewbits.tensors import QuantizedWeight
@@ -33,6 +34,11 @@ class Format(Protocol):
 
     def stored_rows(self, tensor: str, scheme: Scheme, start: int, stop: int) -> tuple[int, int]:
         """Which rows of a stored tensor hold rows [start, stop) of the weight."""
+
+    def shape_of(
+        self, module: str, scheme: Scheme, tensors: Mapping[str, Shaped], read: Callable[[str], torch.Tensor]
+    ) -> tuple[int, int]:
+        """[out, in] of a stored weight, from tensors or their headers; `read` fetches a small tensor."""
 
     def encode(
         self, module: str, weight: QuantizedWeight, shape: tuple[int, int], first_row: int = 0

@@ -12,7 +12,8 @@ Codes pack along the inputs of a row, zero points along the outputs of a group c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -32,16 +33,27 @@ __all__ = [
     "quantization_config",
     "quantized_modules",
     "schemes_from_config",
+    "shape_of",
     "stored_rows",
     "tensors_for",
     "why_not",
 ]
+
+
+class Shaped(Protocol):
+    """A tensor, or the header of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 NAME = "compressed-tensors"
 PACKED_BITS = (2, 4, 8)
 SCALE_DTYPES = ("BF16", "F16", "F32")
 # Zero points of 32 rows fill whole words at every width.
 ROW_MULTIPLE = 32
+
+Stored = TypeVar("Stored")
 _DAMAGED = "the checkpoint is damaged, or its config.json belongs to another: fetch it again"
 
 
@@ -93,6 +105,25 @@ def stored_rows(tensor: str, scheme: Scheme, start: int, stop: int) -> tuple[int
     return (0, 2) if tensor.endswith(".weight_shape") else (start, stop)
 
 
+def shape_of(
+    module: str, scheme: Scheme, tensors: Mapping[str, Shaped], read: Callable[[str], torch.Tensor]
+) -> tuple[int, int]:
+    """[out, in] of a stored weight.
+
+    Args:
+        tensors: what is stored, by full name: tensors or their headers. read: fetches a small tensor by name.
+
+    Raises:
+        CheckpointError: a tensor is missing, or it has no two dimensions.
+    """
+    name = f"{module}.weight_shape" if _is_packed(scheme) else f"{module}.weight"
+    found = _required(module, tensors, name)
+    sizes = read(name).tolist() if _is_packed(scheme) and tuple(found.shape) == (2,) else list(found.shape)
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise CheckpointError(f"{module} has the shape {sizes}; a linear's weight has two sizes.", _DAMAGED)
+    return sizes[0], sizes[1]
+
+
 def encode(module: str, weight: QuantizedWeight, shape: tuple[int, int], first_row: int = 0) -> dict[str, torch.Tensor]:
     """The stored tensors of a weight, or of a tile of its rows.
 
@@ -131,8 +162,8 @@ def decode(
     Raises:
         CheckpointError: a tensor is missing, or has another dtype or shape than the scheme asks for.
     """
-    shape = shape or _shape_of(module, tensors, scheme)
-    scale = _required(module, tensors, f"{module}.weight_scale")
+    shape = shape or shape_of(module, scheme, tensors, lambda name: tensors[name])
+    scale: torch.Tensor = _required(module, tensors, f"{module}.weight_scale")
     for expected in tensors_for(module, scheme, shape, stored_dtype(scale.dtype)):
         if not expected.name.endswith(".weight_shape"):
             _check(_required(module, tensors, expected.name), expected, scheme)
@@ -175,7 +206,7 @@ def _words_of_bytes(codes: torch.Tensor) -> torch.Tensor:
     return padded.view(torch.int32)
 
 
-def _required(module: str, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+def _required(module: str, tensors: Mapping[str, Stored], name: str) -> Stored:
     if name not in tensors:
         found = ", ".join(sorted(key.removeprefix(f"{module}.") for key in tensors)) or "nothing"
         raise CheckpointError(f"{module}: {name} is missing; found {found}.", _DAMAGED)
@@ -190,13 +221,3 @@ def _check(tensor: torch.Tensor, expected: OutputTensor, scheme: Scheme) -> None
         wanted = f"a float {list(expected.shape)}"
     if found[1] != expected.shape or found[0] != expected.dtype or (wanted[0] == "a" and found[0] not in SCALE_DTYPES):
         raise CheckpointError(f"{expected.name} is {found[0]} {list(found[1])}; {scheme} takes {wanted}.", _DAMAGED)
-
-
-def _shape_of(module: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[int, int]:
-    if _is_packed(scheme):
-        sizes = [int(size) for size in _required(module, tensors, f"{module}.weight_shape").tolist()]
-    else:
-        sizes = list(_required(module, tensors, f"{module}.weight").shape)
-    if len(sizes) != 2:
-        raise CheckpointError(f"{module} has the shape {sizes}; a linear's weight has two dimensions.", _DAMAGED)
-    return sizes[0], sizes[1]
