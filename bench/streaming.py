@@ -1,0 +1,131 @@
+"""A whole checkpoint through `fewbits quantize`, against `cp` of the same files with a final sync.
+
+Usage: python bench/streaming.py [--sizes 1 4 8] [--runs 3] [--folder DIR]
+
+Llama 3 8B shapes in bf16 (as many blocks as fit the size, the embeddings included), in three files, made on the spot.
+Both sides run as processes of their own, in turn; a row gives the medians, their ratio and the peak resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+RESULTS = Path(__file__).parent / "results" / "streaming.jsonl"
+HIDDEN, INNER, KEYS, VOCABULARY = 4096, 14336, 1024, 128256
+METHODS = {"int8": [], "fp8": [], "int4": ["--group-size", "128"]}
+
+
+def block(index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One decoder block of random weights."""
+    prefix = f"model.layers.{index}"
+    shapes = {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (KEYS, HIDDEN),
+        "self_attn.v_proj": (KEYS, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (INNER, HIDDEN),
+        "mlp.up_proj": (INNER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INNER),
+    }
+    tensors = {
+        f"{prefix}.{name}.weight": torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+        for name, shape in shapes.items()
+    }
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    return tensors
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> None:
+    """Write a checkpoint of about `gigabytes` in three files."""
+    generator = torch.Generator().manual_seed(0)
+    block_bytes = 2 * (2 * HIDDEN * HIDDEN + 2 * KEYS * HIDDEN + 3 * INNER * HIDDEN)
+    embedding_bytes = 2 * VOCABULARY * HIDDEN
+    vocabulary = VOCABULARY if gigabytes > 2 else VOCABULARY // 8
+    remaining = gigabytes * 1e9 - embedding_bytes * vocabulary / VOCABULARY
+    blocks = max(2, round(remaining / block_bytes))
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "intermediate_size": INNER, "num_hidden_layers": blocks, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": vocabulary, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    first = {"model.embed_tokens.weight": torch.randn((vocabulary, HIDDEN), generator=generator).bfloat16()}
+    parts: list[dict[str, torch.Tensor]] = [first, {}, {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}]
+    weight_map = {}
+    indices = [range(0, blocks // 3), range(blocks // 3, 2 * blocks // 3), range(2 * blocks // 3, blocks)]
+    for number, (part, part_blocks) in enumerate(zip(parts, indices, strict=True), start=1):
+        for index in part_blocks:
+            part |= block(index, generator)
+        name = f"model-{number:05d}-of-00003.safetensors"
+        save_file(part, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+        part.clear()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def timed(command: list[str], out: Path) -> tuple[float, int]:
+    """Wall seconds until everything is on disk, and peak resident bytes of the child."""
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run(["sync"], check=True)
+    started_s = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    subprocess.run(["sync"], check=True)
+    elapsed_s = time.perf_counter() - started_s
+    if status:
+        sys.exit(f"{' '.join(command)} failed with status {status}")
+    shutil.rmtree(out, ignore_errors=True)
+    return elapsed_s, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[4.0])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
+    args = parser.parse_args()
+    fewbits = str(Path(sys.executable).parent / "fewbits")
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        for size in args.sizes:
+            source, out = Path(scratch) / f"source-{size:g}", Path(scratch) / "out"
+            make_checkpoint(source, size)
+            commands = {"cp": ["cp", "-r", str(source), str(out)]}
+            for method, options in METHODS.items():
+                commands[method] = [fewbits, "quantize", str(source), str(out), "-m", method, *options, "--quiet"]
+            for command in commands.values():  # One run each to warm page cache and compiled kernels.
+                timed(command, out)
+            runs: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+            for _ in range(args.runs):
+                for name, command in commands.items():
+                    runs[name].append(timed(command, out))
+            copy_s = statistics.median(elapsed for elapsed, _ in runs["cp"])
+            for name, results in runs.items():
+                seconds = [elapsed for elapsed, _ in results]
+                row = {
+                    "bench": "streaming", "gigabytes": size, "what": name, "median_s": round(statistics.median(seconds), 3),
+                    "min_s": round(min(seconds), 3), "max_s": round(max(seconds), 3),
+                    "times_cp": round(statistics.median(seconds) / copy_s, 3),
+                    "peak_mib": round(max(memory for _, memory in results) / 2**20), "runs": args.runs,
+                }  # fmt: skip
+                print(json.dumps(row), flush=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            shutil.rmtree(source)
+
+
+if __name__ == "__main__":
+    main()

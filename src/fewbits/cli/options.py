@@ -1,0 +1,76 @@
+"""The options that several commands share, and the configuration they add up to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbits.config import QuantConfig, method_from_spec
+from fewbits.errors import ConfigError
+from fewbits.methods import METHODS
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint (safetensors).")]
+Method = Annotated[
+    str | None, typer.Option("--method", "-m", metavar="NAME", help=f"One of {', '.join(METHODS)}.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="Bits per weight, for gptq (default 4).")]
+GroupSize = Annotated[
+    str | None,
+    typer.Option("--group-size", "-g", metavar="N", help="Input channels per scale, or 'channel' (default 128)."),
+]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Zero points, for gptq.")]
+Alpha = Annotated[str | None, typer.Option("--alpha", metavar="α", help="0 to 1, or 'auto', for smoothquant.")]
+WeightOnly = Annotated[bool, typer.Option("--weight-only", help="Leave activations alone, for int8 and fp8.")]
+Recipe = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="A recipe: methods by layer, in TOML or JSON.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+
+
+def quant_config(
+    method: str | None,
+    recipe: Path | None,
+    *,
+    bits: int | None = None,
+    group_size: str | None = None,
+    asymmetric: bool = False,
+    alpha: str | None = None,
+    weight_only: bool = False,
+) -> QuantConfig:
+    """The configuration that the options add up to; a recipe and method options exclude each other."""
+    options: dict[str, Any] = {}
+    if bits is not None:
+        options["bits"] = bits
+    if group_size is not None:
+        options["group_size"] = _number_or_word("--group-size", group_size, "channel", int)
+    if asymmetric:
+        options["symmetric"] = False
+    if alpha is not None:
+        options["alpha"] = _number_or_word("--alpha", alpha, "auto", float)
+    if weight_only:
+        options["activations"] = None
+    if recipe is not None:
+        if method is not None or options:
+            given = "--method" if method is not None else f"the option for {next(iter(options))}"
+            raise ConfigError(f"--config and {given} both choose methods.", "put everything into the recipe")
+        return QuantConfig.from_file(recipe)
+    if method is None:
+        raise ConfigError(
+            "no method given.", f"choose one: --method {' | '.join(METHODS)}, or give a recipe with --config"
+        )
+    config = QuantConfig(method_from_spec({"name": method, **options}))
+    config.validate()
+    return config
+
+
+def _number_or_word(option: str, text: str, word: str, number: type[int] | type[float]) -> int | float | str:
+    if text == word:
+        return word
+    try:
+        return number(text)
+    except ValueError:
+        kind = "whole number" if number is int else "number"
+        raise ConfigError(f"{option}: expected a {kind} or '{word}', got {text!r}.") from None

@@ -1,0 +1,132 @@
+"""`fewbits quantize`: a checkpoint in, a quantized checkpoint and an account of the loss out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbits.cli.options import (
+    Alpha,
+    Asymmetric,
+    Bits,
+    GroupSize,
+    Json,
+    Method,
+    Model,
+    Quiet,
+    Recipe,
+    WeightOnly,
+    quant_config,
+)
+from fewbits.cli.units import bytes_text, seconds_text
+from fewbits.cli.watch import watcher
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fewbits.report import LayerRecord, Report
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    method: Method = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    asymmetric: Asymmetric = False,
+    alpha: Alpha = None,
+    weight_only: WeightOnly = False,
+    config: Recipe = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Carry layers with NaN or infinite weights over unquantized.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat every note as an error.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint. Interrupted, the same command goes on where it stopped."""
+    from fewbits.quantize import quantize as run
+
+    chosen = quant_config(
+        method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
+    )
+    report = run(
+        model,
+        out,
+        chosen,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        strict=strict,
+        progress=watcher(quiet=quiet or as_json),
+    )
+    if as_json:
+        print(json.dumps(report_dict(report)))
+    elif not quiet:
+        show(report)
+
+
+def show(report: Report) -> None:
+    """What was lost, by kind of layer; the worst layer by name; sizes, time and memory."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(loss_table(report))
+    worst = report.worst
+    console.print(f"worst layer: {worst.name}, relative error {_error_text(worst)}", highlight=False)
+    for note in report.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
+    resumed = f" · {report.resumed_shards} shards were finished before" if report.resumed_shards else ""
+    before, after = report.plan.bytes_before, report.plan.bytes_after
+    console.print(
+        f"[bold]{report.out_dir}[/]: {bytes_text(before)} → {bytes_text(after)} ({before / after:.2f}× smaller, "
+        f"{report.plan.effective_bits:.2f} bits per quantized weight) in {seconds_text(report.elapsed_s)}, "
+        f"peak memory {bytes_text(report.peak_memory_bytes)}{resumed}",
+        highlight=False,
+    )
+
+
+def _error_text(record: LayerRecord) -> str:
+    text = f"{record.relative_error:.4f} of its weights"
+    return text if record.output_error is None else f"{record.output_error**0.5:.4f} of its output, {text}"
+
+
+def loss_table(report: Report) -> Table:
+    """Mean and worst relative error by kind of layer and method."""
+    from rich.table import Table
+
+    with_outputs = any(record.output_error is not None for record in report.layers)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layers")
+    table.add_column("method")
+    titles = ["count", "bits", "weight error", "worst"] + (["output error", "worst"] if with_outputs else [])
+    for title in [*titles, "before", "after"]:
+        table.add_column(title, justify="right")
+    groups: dict[tuple[str, str], list[LayerRecord]] = {}
+    for record in report.layers:
+        groups.setdefault((record.kind, record.method), []).append(record)
+    for (kind, method), records in groups.items():
+        errors = [record.relative_error for record in records]
+        cells = [f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}"]
+        if with_outputs:
+            outputs = [record.output_error**0.5 for record in records if record.output_error is not None]
+            cells += [f"{sum(outputs) / len(outputs):.4f}", f"{max(outputs):.4f}"] if outputs else ["", ""]
+        parameters = sum(record.shape[0] * record.shape[1] for record in records)
+        before, after = sum(record.bytes_before for record in records), sum(record.bytes_after for record in records)
+        bits = f"{8 * after / parameters:.2f}"
+        table.add_row(kind, method, str(len(records)), bits, *cells, bytes_text(before), bytes_text(after))
+    return table
+
+
+def report_dict(report: Report) -> dict[str, Any]:
+    """The report as plain data: the manifest, and what differs from run to run."""
+    return report.manifest() | {
+        "out": str(report.out_dir),
+        "elapsed_s": report.elapsed_s,
+        "stages_s": report.stages,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "resumed_shards": report.resumed_shards,
+    }

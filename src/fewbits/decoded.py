@@ -1,0 +1,136 @@
+"""A checkpoint as a plain transformers model in fp32: quantized layers decoded, their inputs rounded as engines do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbits.checkpoints.reader import Checkpoint, TensorReader, open_checkpoint
+from fewbits.errors import CheckpointError, MissingDependencyError
+from fewbits.formats import FORMATS
+from fewbits.schemes import Scheme
+
+
+def decoded_model(folder: str | Path, *, device: str = "cpu") -> Any:
+    """Load any checkpoint that fewbits reads as a transformers causal language model in fp32.
+
+    Quantized weights are decoded in fp32 and rounded to the checkpoint's dtype, as engines do. Where a scheme rounds
+    activations, a hook rounds each linear's input per token.
+
+    Raises:
+        CheckpointError: the folder holds no model, or one that transformers does not know.
+        MissingDependencyError: transformers is not installed.
+    """
+    transformers = _transformers()
+    checkpoint = open_checkpoint(folder, allow_quantized=True)
+    state, schemes = _decoded_state(checkpoint)
+    config_dict = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    try:
+        config = transformers.AutoConfig.for_model(**config_dict)
+        with torch.device("meta"):
+            model_class = type(transformers.AutoModelForCausalLM.from_config(config))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot build this model: {error}") from error
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    for name, scheme in schemes.items():
+        if scheme.activations is not None:
+            model.get_submodule(name).register_forward_pre_hook(_RoundedInput(scheme))
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The checkpoint's tokenizer."""
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: no usable tokenizer: {error}", "copy the tokenizer files of the original model there"
+        ) from error
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            "this needs transformers, which is not installed.", "pip install 'fewbits[transformers]'"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _decoded_state(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, Scheme]]:
+    state: dict[str, torch.Tensor] = {}
+    quantized, plain = split_quantized(checkpoint)
+    with TensorReader(checkpoint) as reader:
+        for module, layer in quantized.items():
+            tensors = {name: reader.read(name) for name in layer.tensors}
+            weight = FORMATS[layer.format].decode(module, tensors, layer.scheme)
+            state[f"{module}.weight"] = weight.dequantize().float()
+        for name in plain:
+            state[name] = reader.read(name).float()
+    return state, {module: layer.scheme for module, layer in quantized.items()}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized linear as it lies in a checkpoint."""
+
+    format: str
+    scheme: Scheme
+    tensors: tuple[str, ...]
+
+
+def split_quantized(checkpoint: Checkpoint) -> tuple[dict[str, StoredLayer], list[str]]:
+    """The quantized linears of a checkpoint by module, and the names of all other tensors."""
+    config = checkpoint.config.get("quantization_config")
+    if not config:
+        return {}, list(checkpoint.tensors)
+    chosen = config.get("quant_method")
+    if chosen not in FORMATS:
+        raise CheckpointError(
+            f"{checkpoint.path}: quantization method {chosen!r} is not one that can be decoded here.",
+            f"known are {', '.join(FORMATS)}",
+        )
+    modules = [name.removesuffix(".weight_scale") for name in checkpoint.tensors if name.endswith(".weight_scale")]
+    members: dict[str, list[str]] = {module: [] for module in modules}
+    plain = []
+    for name in checkpoint.tensors:
+        module, _, last = name.rpartition(".")
+        (members[module] if module in members and last.startswith("weight") else plain).append(name)
+    schemes = FORMATS[chosen].schemes_from_config(config, modules)
+    layers = {}
+    for module, scheme in schemes.items():
+        if scheme is None:
+            raise CheckpointError(f"{checkpoint.path}: {module} has scales, but config.json says it is not quantized.")
+        layers[module] = StoredLayer(chosen, scheme, tuple(members[module]))
+    return layers, plain
+
+
+class _RoundedInput:
+    """Rounds a linear's input to the scheme's numbers, one scale per token, as dynamic activation kernels do."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = inputs[0]
+        limit = 127.0 if self._scheme.kind == "int" else 448.0
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / limit
+        codes = (x / scale).clamp(-limit, limit)
+        codes = codes.round() if self._scheme.kind == "int" else codes.to(torch.float8_e4m3fn).to(x.dtype)
+        return (codes * scale, *inputs[1:])
+
+
+@torch.no_grad()
+def complete(folder: str | Path, prompt: str, max_tokens: int = 16) -> str:
+    """The likeliest continuation of `prompt`, prompt included."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    model = decoded_model(folder)
+    written = model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    text: str = tokenizer.decode(written[0], skip_special_tokens=True)
+    return text

@@ -1,0 +1,126 @@
+"""What inference engines make of a planned checkpoint: whether they load it, whether on a fast kernel, and why not.
+
+Facts about compressed-tensors checkpoints as read and tried with vLLM 0.32 and transformers 5.23; see docs/formats.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fewbits.schemes import Scheme
+
+PACKED_KERNEL_GROUPS = (0, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class PlannedScheme:
+    """One quantized linear as an engine sees it."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class EngineSupport:
+    """Whether one engine loads the result; `reasons` say why not, or why slowly."""
+
+    engine: str
+    loads: bool
+    fast: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """One word for a table."""
+        return "fast" if self.fast else "loads" if self.loads else "no"
+
+
+Refusal = Callable[[PlannedScheme], str | None]
+
+
+def _vllm_refuses(layer: PlannedScheme) -> str | None:
+    scheme = layer.scheme
+    if scheme.kind == "int" and scheme.bits not in (4, 8):
+        return f"no kernel for {scheme.bits} bits"
+    if scheme.kind == "int" and scheme.bits == 8 and not scheme.symmetric:
+        return "no kernel for asymmetric 8 bits"
+    return None
+
+
+def _packed_kernel_slow(layer: PlannedScheme) -> str | None:
+    scheme = layer.scheme
+    if scheme.activations is not None or scheme.kind == "float":
+        return None
+    if scheme.group_size not in PACKED_KERNEL_GROUPS:
+        return f"group size {scheme.group_size}: the packed kernels know 32, 64, 128 and per channel"
+    if layer.out_features % 64:
+        return f"{layer.out_features} outputs are no multiple of 64"
+    if layer.in_features % 128:
+        return f"{layer.in_features} inputs are no multiple of 128"
+    return None
+
+
+def _vllm_cpu_refuses(layer: PlannedScheme) -> str | None:
+    scheme = layer.scheme
+    if scheme.bits == 8 and scheme.activations is None:
+        return f"no CPU kernel for weight-only {scheme}"
+    return _vllm_refuses(layer)
+
+
+def _vllm_cpu_slow(layer: PlannedScheme) -> str | None:
+    return "fp8 is emulated on CPUs" if layer.scheme.kind == "float" else None
+
+
+def _transformers_slow(layer: PlannedScheme) -> str | None:
+    scheme = layer.scheme
+    if scheme.bits < 8 and not scheme.symmetric:
+        return "asymmetric packed weights load with CompressedTensorsConfig(dequantize=True) only"
+    return "decodes weights to the model's dtype"
+
+
+def _never(layer: PlannedScheme) -> str | None:
+    return None
+
+
+_ENGINES: dict[str, tuple[bool, Refusal, Refusal]] = {
+    # engine: (fuses q/k/v and gate/up, why it refuses a layer, why a layer runs slowly)
+    "vLLM (GPU)": (True, _vllm_refuses, _packed_kernel_slow),
+    "vLLM (CPU)": (True, _vllm_cpu_refuses, _vllm_cpu_slow),
+    "SGLang (GPU)": (True, _vllm_refuses, _packed_kernel_slow),
+    "transformers": (False, _never, _transformers_slow),
+}
+
+
+def _tally(layers: Iterable[PlannedScheme], reason_of: Refusal) -> tuple[str, ...]:
+    first: dict[str, str] = {}
+    count: dict[str, int] = {}
+    for layer in layers:
+        reason = reason_of(layer)
+        if reason is not None:
+            first.setdefault(reason, layer.name)
+            count[reason] = count.get(reason, 0) + 1
+    return tuple(
+        f"{reason} ({first[reason]}{f' and {count[reason] - 1} more' if count[reason] > 1 else ''})" for reason in first
+    )
+
+
+def engine_support(layers: list[PlannedScheme], unlike_fusions: list[str]) -> tuple[EngineSupport, ...]:
+    """What each engine makes of these layers.
+
+    Args:
+        layers: every quantized linear.
+        unlike_fusions: descriptions of groups that engines fuse (q/k/v, gate/up) whose members differ in scheme.
+    """
+    supports = []
+    for engine, (fuses, refuses, slow) in _ENGINES.items():
+        reasons = _tally(layers, refuses)
+        if fuses:
+            reasons += tuple(f"fused layers of unlike schemes: {fusion}" for fusion in unlike_fusions[:3])
+        loads = not reasons
+        slow_reasons = _tally(layers, slow) if loads else ()
+        supports.append(EngineSupport(engine, loads, loads and not slow_reasons, reasons + slow_reasons))
+    supports.append(EngineSupport("llama.cpp", False, False, ("reads GGUF, not compressed-tensors",)))
+    return tuple(supports)

@@ -1,0 +1,261 @@
+"""Plan: what would be done to every layer, what it would take, and who could load the result. Reads headers only.
+
+Everything that can be refused is refused here, before any tensor data is read. The byte counts are those of the files
+that `quantize` then writes, headers included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fewbits.checkpoints.reader import Checkpoint, open_checkpoint
+from fewbits.config import QuantConfig, nearest
+from fewbits.engines import EngineSupport, PlannedScheme, engine_support
+from fewbits.errors import PlanError
+from fewbits.formats import FORMATS, Format
+from fewbits.layers import LinearLayer, block_index, find_layers, fusion_groups
+from fewbits.layout import OutputTensor, Shard
+from fewbits.methods import QuantMethod
+from fewbits.notes import Note
+
+COMMON_GROUP_SIZES = (32, 64, 128, 256)
+TILE_BYTES = 16 * 2**20
+# Interpreter, torch and compiled kernels; measured on Linux with torch 2.13 (bench/streaming.py).
+PROCESS_BYTES = 320 * 2**20
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One linear layer: what becomes of it, and its bytes before and after (codes, scales and zero points)."""
+
+    layer: LinearLayer
+    method: QuantMethod | None
+    reason: str | None
+    outputs: tuple[OutputTensor, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return (self.layer.out_features, self.layer.in_features)
+
+    @property
+    def parameters(self) -> int:
+        return self.layer.out_features * self.layer.in_features
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight on disk, scales and zero points included."""
+        return 8 * self.bytes_after / self.parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole plan for one checkpoint."""
+
+    source: Checkpoint
+    config: QuantConfig
+    format: str
+    layers: tuple[PlannedLayer, ...]
+    shards: tuple[Shard, ...]
+    engines: tuple[EngineSupport, ...]
+    notes: tuple[Note, ...]
+    peak_memory_bytes: int
+
+    @property
+    def quantized(self) -> tuple[PlannedLayer, ...]:
+        """The layers that will be quantized."""
+        return tuple(layer for layer in self.layers if layer.method is not None)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the source's weight files."""
+        return self.source.nbytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the weight files that will be written."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per weight over the quantized layers, scales and zero points included."""
+        parameters = sum(layer.parameters for layer in self.quantized)
+        return 8 * sum(layer.bytes_after for layer in self.quantized) / parameters
+
+    @property
+    def needs_calibration(self) -> tuple[PlannedLayer, ...]:
+        """The layers whose method looks at activations."""
+        return tuple(layer for layer in self.quantized if layer.method is not None and layer.method.needs_calibration)
+
+
+def plan(
+    model_dir: str | Path,
+    config: QuantConfig,
+    *,
+    format: str = "compressed-tensors",
+    carry: Sequence[str] = (),
+) -> Plan:
+    """Say what `quantize` would do to the checkpoint in `model_dir`, from headers alone.
+
+    Args:
+        model_dir: a Hugging Face checkpoint folder (safetensors).
+        config: methods by layer.
+        format: how the result lies on disk.
+        carry: layers to leave unquantized whatever the config says (found to hold non-finite weights).
+
+    Raises:
+        CheckpointError: the folder is no readable, unquantized checkpoint.
+        QuantizationError: the config is invalid.
+        PlanError: config and model do not go together: a pattern that matches nothing, a group size that does not
+            divide, a width that the format cannot store.
+    """
+    config.validate()
+    checkpoint = open_checkpoint(model_dir)
+    chosen_format = FORMATS[format]
+    linears, notes = find_layers(checkpoint.headers, checkpoint.config)
+    _refuse_unmatched(config, checkpoint, linears)
+    chosen = [_choose(layer, config, carry) for layer in linears]
+    _refuse_impossible(chosen, chosen_format)
+    layers = tuple(_with_outputs(layer, method, reason, checkpoint, chosen_format) for layer, method, reason in chosen)
+    if not any(layer.method is not None for layer in layers):
+        raise PlanError(
+            f"{checkpoint.path}: nothing is left to quantize: {len(layers)} linear layers found, all of them skipped.",
+            "name a method for at least one layer; `fewbits inspect` lists the layers",
+        )
+    unlike = _unlike_fusions(layers)
+    notes += [Note(fusion, "engines that fuse these layers will refuse them", "unlike schemes") for fusion in unlike]
+    planned_schemes = [
+        PlannedScheme(layer.name, *layer.shape, layer.method.scheme) for layer in layers if layer.method is not None
+    ]
+    return Plan(
+        source=checkpoint,
+        config=config,
+        format=format,
+        layers=layers,
+        shards=_shards(checkpoint, layers),
+        engines=engine_support(planned_schemes, unlike),
+        notes=tuple(notes),
+        peak_memory_bytes=PROCESS_BYTES + 8 * TILE_BYTES,
+    )
+
+
+Choice = tuple[LinearLayer, QuantMethod | None, str | None]
+
+
+def _choose(layer: LinearLayer, config: QuantConfig, carry: Sequence[str]) -> Choice:
+    named, method = config.override_for(layer.name)
+    if layer.name in carry:
+        return layer, None, "non-finite weights"
+    if named:
+        return layer, method, None if method is not None else "skipped by the config"
+    if layer.default_skip is not None:
+        return layer, None, layer.default_skip
+    return layer, config.method, None
+
+
+def _refuse_unmatched(config: QuantConfig, checkpoint: Checkpoint, linears: list[LinearLayer]) -> None:
+    names = [layer.name for layer in linears]
+    unmatched = config.unmatched_patterns(names)
+    if not unmatched:
+        return
+    pattern = unmatched[0]
+    if f"{pattern}.weight" in checkpoint.tensors:
+        shape = list(checkpoint.tensors[f"{pattern}.weight"].shape)
+        raise PlanError(
+            f"{checkpoint.path}: {pattern} ({shape}) is no linear layer that can be quantized.",
+            "remove it from per_layer; embeddings, norms, convolutions and fused experts are carried over unchanged",
+        )
+    if pattern == "lm_head" and checkpoint.config.get("tie_word_embeddings", True):
+        raise PlanError(
+            f"{checkpoint.path}: lm_head has no weight of its own: it is tied to the embeddings.",
+            "remove it from per_layer; tied weights stay tied",
+        )
+    raise PlanError(f"{checkpoint.path}: '{pattern}' in per_layer matches no linear layer.", nearest(pattern, names))
+
+
+def _refuse_impossible(chosen: list[Choice], chosen_format: Format) -> None:
+    ragged: dict[tuple[int, int], list[str]] = {}
+    for layer, method, _ in chosen:
+        if method is None:
+            continue
+        scheme = method.scheme
+        if layer.transposed:
+            raise PlanError(
+                f"{layer.name} is a Conv1D (its weight is stored [in, out]), which no reader of this format accepts.",
+                f'leave it alone: "{layer.name}" = "skip" under per_layer',
+            )
+        if not scheme.divides(layer.in_features):
+            ragged.setdefault((layer.in_features, scheme.group_size), []).append(layer.name)
+            continue
+        refusal = chosen_format.why_not(scheme, (layer.out_features, layer.in_features))
+        if refusal is not None:
+            raise PlanError(f"{layer.name}: {method} cannot be stored: {refusal}.")
+    if ragged:
+        raise PlanError("\n".join(_ragged_line(*key, names) for key, names in ragged.items()), _ragged_hint(ragged))
+
+
+def _ragged_line(in_features: int, group_size: int, names: list[str]) -> str:
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    verb = "have" if others else "has"
+    return f"{names[0]}{others} {verb} in_features {in_features}, which group size {group_size} does not divide."
+
+
+def _ragged_hint(ragged: dict[tuple[int, int], list[str]]) -> str:
+    fitting = [str(size) for size in COMMON_GROUP_SIZES if all(width % size == 0 for width, _ in ragged)]
+    sizes = ", ".join([*fitting, '"channel"'])
+    return f"group sizes that fit: {sizes}; or give these layers their own method in a recipe (--config)"
+
+
+def _with_outputs(
+    layer: LinearLayer, method: QuantMethod | None, reason: str | None, checkpoint: Checkpoint, chosen_format: Format
+) -> PlannedLayer:
+    entry = checkpoint.tensors[layer.tensor]
+    if method is None:
+        outputs: tuple[OutputTensor, ...] = (OutputTensor(entry.name, entry.dtype, entry.shape),)
+    else:
+        shape = (layer.out_features, layer.in_features)
+        outputs = chosen_format.tensors_for(layer.name, method.scheme, shape, entry.dtype)
+    after = sum(tensor.nbytes for tensor in outputs)
+    return PlannedLayer(layer, method, reason, outputs, entry.nbytes, after)
+
+
+def _unlike_fusions(layers: Iterable[PlannedLayer]) -> list[str]:
+    by_name = {layer.name: layer for layer in layers}
+    unlike = []
+    for names in fusion_groups([layer.layer for layer in by_name.values()]):
+        schemes = {None if method is None else method.scheme for method in (by_name[name].method for name in names)}
+        if len(schemes) > 1:
+            unlike.append(", ".join(names))
+    return unlike
+
+
+def _shards(checkpoint: Checkpoint, layers: Iterable[PlannedLayer]) -> tuple[Shard, ...]:
+    """One shard a block, so that a block is the unit that is finished, recorded and resumed from."""
+    outputs = {layer.layer.tensor: layer.outputs for layer in layers}
+    by_block: dict[int | None, list[OutputTensor]] = {}
+    for name, entry in checkpoint.tensors.items():
+        tensors = outputs.get(name, (OutputTensor(name, entry.dtype, entry.shape),))
+        by_block.setdefault(block_index(name), []).extend(tensors)
+    order = sorted(by_block, key=lambda block: -1 if block is None else block)
+    if len(order) == 1:
+        return (Shard("model.safetensors", tuple(by_block[order[0]])),)
+    count = len(order)
+    return tuple(
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(by_block[block]))
+        for number, block in enumerate(order, start=1)
+    )
+
+
+def without(planned: Plan, nonfinite: Sequence[str]) -> Plan:
+    """The same plan with the named layers carried over unquantized."""
+    again = plan(planned.source.path, planned.config, format=planned.format, carry=nonfinite)
+    notes = tuple(Note(name, "carried over unquantized", "holds NaN or infinite weights") for name in nonfinite)
+    return replace(again, notes=again.notes + notes)

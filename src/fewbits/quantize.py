@@ -1,0 +1,182 @@
+"""Quantize: a Hugging Face checkpoint in, a quantized checkpoint out, written beside its final name until it is whole."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fewbits.checkpoints.folder import CONFIG_FILE, INDEX_FILE
+from fewbits.checkpoints.journal import Journal
+from fewbits.checkpoints.partial import PartialFolder
+from fewbits.checkpoints.writer import ShardWriter
+from fewbits.config import QuantConfig
+from fewbits.convert import Conversion, FinishedShard, NonFiniteWeights, ShardWork
+from fewbits.errors import CalibrationError, PlanError
+from fewbits.formats import FORMATS
+from fewbits.plan import Plan, plan, without
+from fewbits.progress import Progress, Silent
+from fewbits.report import MANIFEST, LayerRecord, Report
+
+
+def quantize(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    config: QuantConfig,
+    calibration: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize the checkpoint in `model_dir` into `out_dir`.
+
+    Memory stays at a few tiles of weights whatever the size of the model. Killed at any instant, nothing stands under
+    `out_dir`, and the same call goes on from the last finished shard to the same bytes.
+
+    Args:
+        model_dir: a Hugging Face checkpoint folder with safetensors in bf16, fp16 or fp32.
+        out_dir: folder to make; refused if it exists, unless `overwrite`.
+        config: methods by layer.
+        calibration: text for methods that look at activations.
+        allow_nonfinite: carry layers that hold NaN or infinite weights over unquantized, with a note, instead of
+            failing.
+        strict: raise PlanError where otherwise a note would be made.
+        progress: who is told of progress.
+
+    Raises:
+        CheckpointError: the source is damaged, missing or quantized already.
+        PlanError: config and model do not go together.
+        QuantizationError: the config is invalid, or a weight is not finite.
+        CalibrationError: a method needs calibration data, and none is given.
+        OutputError: the result cannot be written.
+    """
+    planned = plan(model_dir, config)
+    needing = planned.needs_calibration
+    if needing and calibration is None:
+        raise CalibrationError(
+            f"{needing[0].method} looks at activations and no calibration data was given "
+            f"({needing[0].name}{f' and {len(needing) - 1} more layers' if len(needing) > 1 else ''}).",
+            "give a text with --calibration FILE, or use int8, int4 or fp8, which need none",
+        )
+    if strict and planned.notes:
+        raise PlanError(f"strict: {planned.notes[0]}", "resolve it in the config, or run without --strict")
+    with PartialFolder(out_dir, planned.source, planned.bytes_after, overwrite=overwrite) as folder:
+        with Journal.open(folder.path, _fingerprint(planned)) as journal:
+            run = _Run(planned, folder, journal, progress or Silent(), allow_nonfinite, strict)
+            run.convert()
+        return run.finish()
+
+
+@dataclass
+class _Run:
+    """One call of `quantize` under way."""
+
+    plan: Plan
+    folder: PartialFolder
+    journal: Journal
+    progress: Progress
+    allow_nonfinite: bool
+    strict: bool
+    started_s: float = field(default_factory=time.monotonic)
+    resumed_shards: int = 0
+
+    def convert(self) -> None:
+        """Write every shard that the journal does not hold yet."""
+        if self.journal.carried:
+            self.plan = without(self.plan, self.journal.carried)
+        self.resumed_shards = len(self.journal.finished)
+        for note in self.plan.notes:
+            self.progress.note(note)
+        while True:
+            remaining = self._remaining()
+            self.progress.begin("quantizing", sum(e.nbytes for w in remaining for e, _ in w.sources), "bytes")
+            try:
+                Conversion(self.plan, self._open, self._record, self.progress, self.allow_nonfinite).run(remaining)
+                return
+            except NonFiniteWeights as error:
+                if not self.allow_nonfinite or self.strict or error.layer is None:
+                    raise
+                self.journal.carry(error.layer)
+                self.plan = without(self.plan, self.journal.carried)
+                self.progress.note(self.plan.notes[-1])
+            finally:
+                self.progress.end()
+
+    def _remaining(self) -> list[ShardWork]:
+        return [work for work in _work(self.plan) if self.plan.shards[work.number].file not in self.journal.finished]
+
+    def _open(self, number: int) -> ShardWriter:
+        return ShardWriter(self.folder.path, self.plan.shards[number])
+
+    def _record(self, shard: FinishedShard) -> None:
+        layers = [asdict(record) for record in shard.layers]
+        file = self.plan.shards[shard.number].file
+        self.journal.append(file, shard.digests, layers)
+
+    def finish(self) -> Report:
+        """Write config, index, companions and manifest, and give the folder its final name."""
+        records = [self.journal.finished[shard.file] for shard in self.plan.shards]
+        layers = tuple(
+            LayerRecord(**layer | {"shape": tuple(layer["shape"])}) for record in records for layer in record["layers"]
+        )
+        report = Report(
+            out_dir=self.folder.out,
+            plan=self.plan,
+            layers=layers,
+            notes=self.plan.notes,
+            tensor_digests={name: digest for record in records for name, digest in record["tensors"].items()},
+            elapsed_s=0.0,
+            peak_memory_bytes=0,
+            resumed_shards=self.resumed_shards,
+        )
+        self.folder.copy_companions()
+        if len(self.plan.shards) > 1:
+            self.folder.write_json(INDEX_FILE, _index(self.plan))
+        self.folder.write_json(MANIFEST, report.manifest())
+        self.folder.write_json(CONFIG_FILE, _model_config(self.plan))
+        self.folder.finish()
+        elapsed_s = time.monotonic() - self.started_s
+        return replace(report, elapsed_s=elapsed_s, peak_memory_bytes=peak_memory_bytes())
+
+
+def _fingerprint(planned: Plan) -> dict[str, Any]:
+    return {
+        "source": planned.source.fingerprint(),
+        "config": planned.config.to_dict(),
+        "format": planned.format,
+        "calibration": None,
+    }
+
+
+def _work(planned: Plan) -> list[ShardWork]:
+    shard_of = {tensor.name: number for number, shard in enumerate(planned.shards) for tensor in shard.tensors}
+    layers = {layer.layer.tensor: layer for layer in planned.layers if layer.method is not None}
+    sources: list[list[Any]] = [[] for _ in planned.shards]
+    for name, entry in planned.source.tensors.items():
+        layer = layers.get(name)
+        sources[shard_of[name if layer is None else layer.outputs[0].name]].append((entry, layer))
+    return [ShardWork(number, tuple(entries)) for number, entries in enumerate(sources)]
+
+
+def _index(planned: Plan) -> dict[str, Any]:
+    tensors = [(tensor, shard.file) for shard in planned.shards for tensor in shard.tensors]
+    return {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor, _ in tensors)},
+        "weight_map": {tensor.name: file for tensor, file in sorted(tensors, key=lambda pair: pair[0].name)},
+    }
+
+
+def _model_config(planned: Plan) -> dict[str, Any]:
+    schemes = {layer.name: None if layer.method is None else layer.method.scheme for layer in planned.layers}
+    return planned.source.config | {"quantization_config": FORMATS[planned.format].quantization_config(schemes)}
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
