@@ -19,7 +19,7 @@ import torch
 
 from fewbits.errors import CheckpointError
 from fewbits.formats.compressed_tensors_config import format_of, quantization_config, schemes_from_config
-from fewbits.layout import OutputTensor, stored_dtype
+from fewbits.layout import WEIGHT_DTYPES, OutputTensor, stored_dtype
 from fewbits.methods import GPTQ, Fp8E4M3, GroupSize, Int4Asymmetric, Int8Symmetric, QuantMethod
 from fewbits.packing import flip_top_bit, pack_columns, unpack_columns, words_for
 from fewbits.schemes import Scheme
@@ -49,7 +49,6 @@ class Shaped(Protocol):
 
 NAME = "compressed-tensors"
 PACKED_BITS = (2, 4, 8)
-SCALE_DTYPES = ("BF16", "F16", "F32")
 # Zero points of 32 rows fill whole words at every width.
 ROW_MULTIPLE = 32
 
@@ -164,7 +163,8 @@ def decode(
     """
     shape = shape or shape_of(module, scheme, tensors, lambda name: tensors[name])
     scale: torch.Tensor = _required(module, tensors, f"{module}.weight_scale")
-    for expected in tensors_for(module, scheme, shape, stored_dtype(scale.dtype)):
+    scale_dtype = stored_dtype(scale.dtype)
+    for expected in tensors_for(module, scheme, shape, scale_dtype if scale_dtype in WEIGHT_DTYPES else "F32"):
         if not expected.name.endswith(".weight_shape"):
             _check(_required(module, tensors, expected.name), expected, scheme)
     if not _is_packed(scheme):
@@ -214,10 +214,10 @@ def _required(module: str, tensors: Mapping[str, Stored], name: str) -> Stored:
 
 
 def _check(tensor: torch.Tensor, expected: OutputTensor, scheme: Scheme) -> None:
-    found = (stored_dtype(tensor.dtype), tuple(tensor.shape))
-    if expected.dtype not in SCALE_DTYPES:
-        wanted = f"{expected.dtype} {list(expected.shape)}"
-    else:
-        wanted = f"a float {list(expected.shape)}"
-    if found[1] != expected.shape or found[0] != expected.dtype or (wanted[0] == "a" and found[0] not in SCALE_DTYPES):
-        raise CheckpointError(f"{expected.name} is {found[0]} {list(found[1])}; {scheme} takes {wanted}.", _DAMAGED)
+    found = OutputTensor(expected.name, stored_dtype(tensor.dtype), tuple(tensor.shape))
+    if found != expected:
+        raise CheckpointError(
+            f"{expected.name} is {found.dtype} {list(found.shape)}; {scheme} takes "
+            f"{expected.dtype} {list(expected.shape)}.",
+            _DAMAGED,
+        )
