@@ -1,0 +1,101 @@
+"""The one statistic: what a calibration pass keeps of a linear's inputs, and the accumulator that gathers it.
+
+H = Σ wₜ xₜ xₜᵀ over all tokens, with wₜ = 1 or the importance of token t; never the inputs themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Rows that are brought to fp32 at a time: at 1536 columns their copy just stays in the last-level cache.
+ROWS = 2048
+# Width of a square of the upper triangle: a wider one computes more that symmetry gives for free, a narrower one
+# runs below the matrix units' speed.
+BLOCK = 768
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was seen of one distinct input, [in] or [in, in] channels wide.
+
+    gram: H = Σ wₜ xₜ xₜᵀ, fp32 [in, in], symmetric, not divided by anything; the weights' mean is about 1.
+    absmax, absmean: of |x| by channel, fp32 [in]; weights play no part in them.
+    tokens: rows seen. effective_tokens: (Σ w)² / Σ w², equal to `tokens` without weights.
+    """
+
+    gram: torch.Tensor
+    absmax: torch.Tensor
+    absmean: torch.Tensor
+    tokens: int
+    effective_tokens: float
+
+
+class StatisticsAccumulator:
+    """Adds up the Statistics of one input, a few rows at a time, always in the same order of operations."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.width = width
+        self.tokens = 0
+        self._gram = torch.zeros(width, width, device=device)
+        self._absmax = torch.zeros(width, device=device)
+        self._absolute = torch.zeros(width, dtype=torch.float64, device=device)
+        self._weight = 0.0
+        self._squared_weight = 0.0
+
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add rows.
+
+        Args:
+            inputs: [..., width], any float dtype.
+            weights: fp32, one number a row; 1 for every row if None.
+        """
+        rows = inputs.reshape(-1, self.width)
+        if weights is not None and weights.numel() != len(rows):
+            raise ValueError(f"{len(rows)} rows of input, but {weights.numel()} weights")
+        self.tokens += len(rows)
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS].float()
+            self._add_magnitudes(part)
+            if weights is None:
+                self._weight += len(part)
+                self._squared_weight += len(part)
+            else:
+                weight = weights[start : start + ROWS].double()
+                self._weight += float(weight.sum())
+                self._squared_weight += float(weight.square().sum())
+                # The root goes onto the rows in fp32: rounding weighted rows to bf16 again would cost accuracy.
+                part = part * weight.sqrt().float()[:, None]
+            self._add_gram(part)
+
+    def _add_magnitudes(self, rows: torch.Tensor) -> None:
+        absolute = rows.abs()
+        torch.maximum(self._absmax, absolute.amax(0), out=self._absmax)
+        self._absolute += absolute.sum(0)
+
+    def _add_gram(self, rows: torch.Tensor) -> None:
+        for top, left, height, width in _upper_blocks(self.width):
+            self._gram[top : top + height, left : left + width].addmm_(
+                rows[:, top : top + height].T, rows[:, left : left + width]
+            )
+
+    def finish(self) -> Statistics:
+        """The Statistics of all rows added so far."""
+        gram = self._gram
+        for top, left, height, width in _upper_blocks(self.width):
+            if top != left:
+                gram[left : left + width, top : top + height] = gram[top : top + height, left : left + width].T
+        effective = self._weight**2 / self._squared_weight if self._squared_weight else 0.0
+        absmean = (self._absolute / max(self.tokens, 1)).float()
+        return Statistics(gram, self._absmax, absmean, self.tokens, effective)
+
+
+def _upper_blocks(width: int) -> Iterator[tuple[int, int, int, int]]:
+    """(top, left, height, width) of equal squares that cover the upper triangle."""
+    count = max(1, round(width / BLOCK))
+    edges = [width * index // count for index in range(count + 1)]
+    for row in range(count):
+        for column in range(row, count):
+            yield edges[row], edges[column], edges[row + 1] - edges[row], edges[column + 1] - edges[column]
