@@ -236,25 +236,24 @@ class _Verification:
             elif (record.bits, record.group_size) != (layer.scheme.bits, layer.scheme.group_size):
                 self._problem(layer.name, str(layer.scheme), f"{record.method}, as {MANIFEST} has it")
 
-    def _compare_headers(self, checkpoint: Checkpoint, source: Checkpoint, layers: Iterable[StoredLayer]) -> None:
-        """What the source has must be here: quantized, or as it was."""
-        quantized = {f"{layer.name}.weight": layer.shape for layer in layers}
+    def _compare_headers(self, checkpoint: Checkpoint, source: Checkpoint, layers: list[StoredLayer]) -> None:
+        """What the source has must be here, quantized or as it was, and nothing else."""
+        shapes = {f"{layer.name}.weight": layer.shape for layer in layers}
         for name, entry in source.tensors.items():
-            if name in quantized:
-                if entry.shape != quantized[name]:
-                    self._problem(name, str(list(quantized[name])), f"{list(entry.shape)}, as the source has it")
-            elif name in checkpoint.tensors:
-                found = checkpoint.tensors[name]
-                if (found.dtype, found.shape) != (entry.dtype, entry.shape) and not self._is_quantized(
-                    name, checkpoint
-                ):
-                    self._problem(
-                        name,
-                        f"{found.dtype} {list(found.shape)}",
-                        f"{entry.dtype} {list(entry.shape)}, as the source has it",
-                    )
-            elif name not in self.lost and not self._is_quantized(name, checkpoint):
-                self._problem(name, "no such tensor", f"{entry.dtype} {list(entry.shape)}, as the source has it")
+            found = checkpoint.tensors.get(name)
+            if name in shapes:
+                if entry.shape != shapes[name]:
+                    self._problem(name, str(list(shapes[name])), f"{list(entry.shape)}, as the source has it")
+                continue
+            if self._is_quantized(name, checkpoint) or name in self.lost:
+                continue
+            if found is None or (found.dtype, found.shape) != (entry.dtype, entry.shape):
+                actual = "no such tensor" if found is None else f"{found.dtype} {list(found.shape)}"
+                self._problem(name, actual, f"{entry.dtype} {list(entry.shape)}, as the source has it")
+        stored = {tensor.name for layer in layers for tensor in layer.tensors}
+        for name in checkpoint.tensors.keys() - source.tensors.keys() - stored:
+            if f"{name.rpartition('.')[0]}.weight" not in source.tensors:
+                self._problem(name, "a tensor", "none: the source has nothing of that name")
 
     def _is_quantized(self, weight: str, checkpoint: Checkpoint) -> bool:
         module = weight.removesuffix(".weight")
