@@ -43,6 +43,8 @@ def listing(path: Path) -> list[Path]:
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
     """Read a JSON object from a file of the checkpoint."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file.", hint)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -46,10 +46,11 @@ def read_weight_file(path: Path) -> WeightFile:
         CheckpointError: the file cannot be read, is truncated, or its header contradicts itself or the file.
     """
     try:
+        # Before opening: a pipe would keep us waiting.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is no regular file.", "give a folder with safetensors files")
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path} is no regular file.", "give a folder with safetensors files")
             header = _header_bytes(path, file.read(LENGTH_BYTES), file.read, status.st_size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.", _read_hint(path)) from error

@@ -143,11 +143,10 @@ class PartialFolder:
                 f"{self.path} is being written by another process (pid {holder}).",
                 "wait for it, or choose another output folder",
             ) from None
-        self._lock = descriptor
-        if not (self.scratch / LOCK_FILE).exists() or not os.path.samestat(
-            os.fstat(descriptor), (self.scratch / LOCK_FILE).stat()
-        ):
+        if not _is_same_file(descriptor, self.scratch / LOCK_FILE):
+            os.close(descriptor)
             raise PlanError(f"{self.out} was finished by another process meanwhile.", "choose another output folder")
+        self._lock = descriptor
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
@@ -231,7 +230,7 @@ class PartialFolder:
         """Release the lock. What was written stays, to be gone on from; if that is nothing, the folder goes."""
         if self._lock < 0:
             return
-        if self.path.exists() and not self._worth_keeping():
+        if self.scratch.is_dir() and not self._worth_keeping():
             shutil.rmtree(self.path, ignore_errors=True)
         self._release()
 
@@ -247,6 +246,11 @@ class PartialFolder:
         """Delete the folder and all that was written."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file still lies under its name, and not in a folder that was renamed since."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _delete(path: Path) -> None:
