@@ -1,4 +1,4 @@
-"""Hostile checkpoints: each lie gets one message that says where, what was found, what was expected, and the way out."""
+"""Hostile checkpoints: each lie gets one message that says where, what was found and expected, and the way out."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     assert len(message) < 600 + len(str(tmp_path))
 
 
-VALID = save({name: tensor for name, tensor in tiny_tensors().items()}, {"format": "pt"})
+VALID = save(tiny_tensors(), {"format": "pt"})
 HEADER_BYTES = 8 + int.from_bytes(VALID[:8], "little")
 
 
@@ -268,8 +268,14 @@ def test_a_quantized_checkpoint_is_refused_unless_asked_for(
 
 @pytest.mark.parametrize(
     ("dtype", "name"),
-    [(torch.int8, "I8"), (torch.int32, "I32"), (torch.bool, "BOOL"), (torch.float64, "F64"), (torch.complex64, "C64")]
-    + [(torch.float8_e4m3fn, "F8_E4M3")],
+    [
+        (torch.int8, "I8"),
+        (torch.int32, "I32"),
+        (torch.bool, "BOOL"),
+        (torch.float64, "F64"),
+        (torch.complex64, "C64"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+    ],
 )
 def test_a_weight_that_is_no_16_or_32_bit_float_is_named(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, {"model.layers.3.mlp.up_proj.weight": torch.zeros(4, 6).to(dtype)})

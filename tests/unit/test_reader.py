@@ -110,7 +110,7 @@ def test_small_files_come_along_and_weights_of_any_kind_do_not(tmp_path: Path) -
     come += ["generation_config.json", "modeling_own.py", "tokenizer.json", "tokenizer.model"]
     stay = ["pytorch_model.bin", "pytorch_model.bin.index.json", "rest.gguf", "training_args.bin", ".gitattributes"]
     stay += ["other/notes.txt", "consolidated.safetensors", "tf_model.h5"]
-    make_folder(tmp_path, {name: "x" for name in come + stay})
+    make_folder(tmp_path, dict.fromkeys(come + stay, "x"))
     make_checkpoint(tmp_path, tiny_tensors())
     companions = open_checkpoint(tmp_path).companions
     assert sorted(str(path.relative_to(tmp_path)) for path in companions) == sorted(come)

@@ -216,15 +216,15 @@ class PartialFolder:
                 f"move one of them: mv {self.path} elsewhere",
             )
         refuse_output(self.out, overwrite=True)
-        if self._replaced.exists():
-            raise OutputError(
-                f"{self._replaced} is in the way of replacing {self.out}.", "move or delete it, try again"
-            )
+        (self.scratch / REPLACING_FILE).touch()
         self.out.rename(self._replaced)
 
     def _bring_old_back(self) -> None:
-        if self._replaced.exists() and not self.out.exists():
+        """Undo `_put_old_aside`, if it was done: in this run or in one that was killed."""
+        marker = self.scratch / REPLACING_FILE
+        if marker.exists() and self._replaced.exists() and not self.out.exists():
             self._replaced.rename(self.out)
+        marker.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the lock. What was written stays, to be gone on from; if that is nothing, the folder goes."""

@@ -35,13 +35,17 @@ def output_error(path: Path, error: OSError, needed_bytes: int | None = None) ->
 
 
 def disk_full(path: Path, needed_bytes: int | None, error: OSError | None = None) -> OutputError:
-    """The message for a disk (or quota) without room."""
+    """The message for a disk without room; `error` is None where nothing failed yet."""
     needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes needed, "
-    reasons = {errno.EDQUOT: "your disk quota is used up", errno.EFBIG: "the file would be larger than allowed here"}
-    reason = reasons.get(error.errno or 0, "the disk is full") if error is not None else "the disk is too full"
+    reason = "the disk is full" if error is not None else "the disk is too full"
+    hint = "free some space"
+    if error is not None and error.errno == errno.EDQUOT:
+        reason = "your disk quota is used up"
+    if error is not None and error.errno == errno.EFBIG:
+        reason, hint = "the file would be larger than is allowed here", "raise the limit (ulimit -f)"
     return OutputError(
         f"{path}: {reason}: {needed}{free_bytes(path):,} free.",
-        "free some space and repeat the command, which goes on where it stopped; or choose another disk",
+        f"{hint} and repeat the command, which goes on where it stopped; or choose another disk",
     )
 
 
