@@ -324,3 +324,10 @@ def test_a_missing_tensor_is_named(missing: str) -> None:
 def test_a_tensor_unlike_the_scheme_is_refused(name: str, tensor: torch.Tensor) -> None:
     with pytest.raises(CheckpointError, match=r"^m\b"):
         format.decode("m", {**stored_weight(), f"m.{name}": tensor}, Int4Asymmetric(32).scheme)
+
+
+def test_decoding_while_loading_is_asked_for_where_all_layers_are_asymmetric() -> None:
+    asymmetric, symmetric = Int4Asymmetric(32).scheme, GPTQ(4, 32).scheme
+    assert format.quantization_config({"a": asymmetric})["dequantize"] is True
+    assert "dequantize" not in format.quantization_config({"a": symmetric})
+    assert "dequantize" not in format.quantization_config({"a": asymmetric, "b": symmetric})

@@ -114,7 +114,7 @@ def _describe_numbers(members: Mapping[_Numbers, Label | None], label: Label) ->
     for slot in range(len(own[0])):
         mine = {numbers[slot] for numbers in own}
         if mine.isdisjoint(numbers[slot] for numbers in others):
-            choice = f"({'|'.join(sorted(mine, key=int))})"
+            choice = mine.pop() if len(mine) == 1 else f"({'|'.join(sorted(mine, key=int))})"
             return tuple(choice if index == slot else "[0-9]+" for index in range(len(own[0])))
     return None
 
