@@ -6,6 +6,7 @@ that authors of models agree on (embed, router, vision, …) together with what 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -144,16 +145,15 @@ class _Facts:
         """None for a linear's weight; else why it is none, "" where that needs no Note."""
         path = name.split(".")
         leaf = path[-2] if len(path) > 1 else ""
-        large = _count(shape) >= SMALLEST_NOTED
         if any("lora_" in part for part in path):
             return "adapter weights stay as they are: merge them into the model first"
+        if len(shape) > 2 and ("expert" in name or (shape[0] in self._expert_counts and min(shape) > 1)):
+            return f"{shape[0]} experts fused into one tensor {list(shape)}"
         if path[-1] != "weight":
-            if len(shape) > 2 and ("expert" in name or shape[0] in self._expert_counts):
-                return f"{shape[0]} experts fused into one tensor {list(shape)}"
-            return f"not named like a linear's weight, shape {list(shape)}" if large and path[-1] != "bias" else ""
+            noted = math.prod(shape) >= SMALLEST_NOTED and path[-1] != "bias"
+            return f"not named like a linear's weight, shape {list(shape)}" if noted else ""
         if len(shape) > 2:
-            fused = "expert" in name and shape[0] in self._expert_counts
-            return f"{shape[0]} experts fused into one tensor {list(shape)}" if fused else f"convolution {list(shape)}"
+            return f"convolution {list(shape)}"
         if 0 in shape or POSITION_BIAS_LEAF.search(leaf) or self._is_embedding(leaf):
             return ""
         return None
@@ -219,13 +219,6 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, Mapping):
             yield key
             yield from _keys(value)
-
-
-def _count(shape: Shape) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _family(tensor: str) -> str:

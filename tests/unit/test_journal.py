@@ -64,13 +64,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(out)
 
 
-def in_child(work: Callable[[], object]) -> int:
+def in_child(work: Callable[..., object], *arguments: object) -> int:
     """Run `work` in a forked process; return its process id."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            work()
+            work(*arguments)
             status = 0
         finally:
             os._exit(status)
@@ -81,7 +81,7 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(step: int, out: Path, *, torn: bool = False) -> None:
+def killed_at(step: int, out: Path, torn: bool) -> None:
     """Convert, and die without warning at the `step`-th call that touches the disk (half done, if torn)."""
     steps = 0
 
@@ -113,7 +113,7 @@ def test_killed_at_any_step_nothing_looks_finished_and_the_same_bytes_come_out(
     while status != 0:
         step += 1
         out = tmp_path / f"{step}" / "out"
-        status = ended(in_child(lambda: killed_at(step, out, torn=torn)))
+        status = ended(in_child(killed_at, step, out, torn))
         assert status in (0, -signal.SIGKILL)
         if out.exists():
             assert {name: data for name, data in contents(out).items() if not name.startswith(".")} == whole
@@ -132,7 +132,7 @@ def test_killed_again_and_again_at_random_it_still_comes_to_the_same_bytes(
 ) -> None:
     generator, out, kills = random.Random(0), tmp_path / "out", 0
     for attempt in range(200):
-        child = in_child(lambda: convert(out))
+        child = in_child(convert, out)
         time.sleep(generator.uniform(0, 0.0005 * attempt))
         os.kill(child, signal.SIGKILL)
         if ended(child) == 0 or out.exists():
