@@ -160,10 +160,10 @@ class DataPass:
                 digest.update(tile.numpy().data)
                 if original is not None and source is not None:
                     source.read_bytes(entry.name, start, other[: len(tile)])
-                    unlike = tile != other[: len(tile)]
-                    if not differing and bool(unlike.any()):
-                        first = start + int(unlike.nonzero()[0])
-                    differing += int(unlike.sum())
+                    if not torch.equal(tile, other[: len(tile)]):
+                        unlike = tile != other[: len(tile)]
+                        first = first if differing else start + int(unlike.nonzero()[0])
+                        differing += int(unlike.sum())
                 self.bytes_checked += len(tile)
                 self.progress.advance(len(tile), entry.name)
         except CheckpointError as error:
@@ -220,8 +220,8 @@ class _LayerCheck:
         shape = (original.shape[0], layer.shape[1])
         restored = decode(layer.format.decode(layer.name, stored, layer.scheme, shape))
         exact = original.to(torch.float32)
-        self._squared_norm += float(exact.square().sum(dtype=torch.float64))
-        self._squared_error += float(restored.sub_(exact).square_().sum(dtype=torch.float64))
+        self._squared_error += _sum(restored.sub_(exact).square_())
+        self._squared_norm += _sum(exact.square_() if exact is not original else exact.square())
 
     def expected(self, name: str) -> str:
         """What the values of a tensor must be."""
@@ -236,7 +236,11 @@ class _LayerCheck:
             self._note(tensor.name, "NaN", rows.view(torch.uint8) & 0x7F == 0x7F, first)
 
     def _note(self, name: str, kind: str, faulty: torch.Tensor, first: int) -> None:
-        count = int(faulty.sum())
-        if count:
+        if bool(faulty.any()):
             row, column = (int(index) for index in faulty.nonzero()[0])
-            self.faults.setdefault((name, kind), _Fault(0, f"[{first + row}, {column}]")).count += count
+            self.faults.setdefault((name, kind), _Fault(0, f"[{first + row}, {column}]")).count += int(faulty.sum())
+
+
+def _sum(squares: torch.Tensor) -> float:
+    """Σ over all: rows in fp32, which torch adds pairwise, then their sums in float64."""
+    return float(squares.sum(dim=1).sum(dtype=torch.float64))
