@@ -19,9 +19,15 @@ from fewbits.notes import Note
 Shape = tuple[int, ...]
 Headers = Mapping[str, tuple[Shape, str]]
 
+# Ten digits and more are no index, and Python refuses to read very long numbers.
+NUMBER = re.compile(r"[0-9]{1,9}")
+BLOCK_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 EMBEDDING_LEAF = re.compile(r"(^|_)(embed|embeds|embedding|embeddings|embd)(_|$)|^(wte|wpe|shared|codebook)$")
 # A projection of embeddings is a linear; `embed_out` is what some models call their head.
-NO_EMBEDDING_LEAF = re.compile(r"proj|mapping|linear|dense|^embed_out$")
+NO_  # Ten digits and more are no index, and Python refuses to read very long numbers.
+NUMBER = re.compile(r"[0-9]{1,9}")
+BLOCK_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
+EMBEDDING_LEAF = re.compile(r"proj|mapping|linear|dense|^embed_out$")
 POSITION_BIAS_LEAF = re.compile(r"relative.*(bias|position)|position_bias|(^|_)positions?$")
 HEAD_LEAVES = frozenset(
     {"lm_head", "embed_out", "output", "score", "head", "classifier", "qa_outputs", "output_layer", "cls"}
@@ -70,17 +76,13 @@ def block_index(name: str) -> int | None:
     >>> block_index("model.layers.7.mlp.experts.3.w1.weight")
     7
     """
-    return next((int(part) for part in name.split(".") if _is_number(part)), None)
+    found = BLOCK_NUMBER.search(name)
+    return None if found is None else int(found[1])
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
     """A sort key that puts layer 2 before layer 10."""
-    return tuple((0, int(part), "") if _is_number(part) else (1, 0, part) for part in name.split("."))
-
-
-def _is_number(part: str) -> bool:
-    # Ten digits and more are no index, and Python refuses to read very long numbers.
-    return part.isascii() and part.isdecimal() and len(part) < 10
+    return tuple((0, int(part), "") if NUMBER.fullmatch(part) else (1, 0, part) for part in name.split("."))
 
 
 def find_layers(tensors: Headers, config: Mapping[str, Any]) -> tuple[list[LinearLayer], list[Note]]:
@@ -223,9 +225,8 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _family(tensor: str) -> str:
     """What comes before the block number: layers of one stack store their weights alike."""
-    parts = tensor.split(".")
-    numbers = [index for index, part in enumerate(parts) if _is_number(part)]
-    return ".".join(parts[: numbers[0]]) if numbers else tensor
+    number = BLOCK_NUMBER.search(tensor)
+    return tensor if number is None else tensor[: number.start()]
 
 
 def _transposed_vote(tensors: Headers, tensor: str) -> bool | None:
