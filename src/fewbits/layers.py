@@ -24,10 +24,7 @@ NUMBER = re.compile(r"[0-9]{1,9}")
 BLOCK_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 EMBEDDING_LEAF = re.compile(r"(^|_)(embed|embeds|embedding|embeddings|embd)(_|$)|^(wte|wpe|shared|codebook)$")
 # A projection of embeddings is a linear; `embed_out` is what some models call their head.
-NO_  # Ten digits and more are no index, and Python refuses to read very long numbers.
-NUMBER = re.compile(r"[0-9]{1,9}")
-BLOCK_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
-EMBEDDING_LEAF = re.compile(r"proj|mapping|linear|dense|^embed_out$")
+NO_EMBEDDING_LEAF = re.compile(r"proj|mapping|linear|dense|^embed_out$")
 POSITION_BIAS_LEAF = re.compile(r"relative.*(bias|position)|position_bias|(^|_)positions?$")
 HEAD_LEAVES = frozenset(
     {"lm_head", "embed_out", "output", "score", "head", "classifier", "qa_outputs", "output_layer", "cls"}
