@@ -95,7 +95,7 @@ def round_channel_int8(weight: torch.Tensor, scale_dtype: torch.dtype) -> Rounde
     def chunk_codes(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor]:
         scales = stored_scale(chunk.abs().amax(1, keepdim=True) / 127, scale_dtype)
         wide = scales.float()
-        codes = (chunk / wide).round_().clamp_(-127, 127)
+        codes = (chunk * (1 / wide)).round_().clamp_(-127, 127)
         return codes.to(torch.int8), scales, None, codes * wide
 
     return _by_chunks(weight, chunk_codes)
@@ -107,7 +107,7 @@ def round_channel_fp8(weight: torch.Tensor, scale_dtype: torch.dtype) -> Rounded
     def chunk_codes(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, torch.Tensor]:
         scales = stored_scale(chunk.abs().amax(1, keepdim=True) / FP8_MAX, scale_dtype)
         wide = scales.float()
-        codes = (chunk / wide).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        codes = (chunk * (1 / wide)).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return codes, scales, None, codes.float() * wide
 
     return _by_chunks(weight, chunk_codes)
@@ -162,10 +162,10 @@ def best_grid(
     high = grouped.amax(2).clamp_min(0)
     best_loss: torch.Tensor | None = None
     for factor in search.factors():
-        for scales, zeros in _candidates(low * factor, high * factor, scheme, scale_dtype):
+        for scales, zeros in _candidates(low, high, factor, scheme, scale_dtype):
             wide = scales.float()[:, :, None]
             offset = zeros[:, :, None]
-            codes = (grouped / wide + offset).round_().clamp_(0, scheme.largest_code)
+            codes = ((grouped * (1 / wide)).round_() + offset).clamp_(0, scheme.largest_code)
             error = (codes - offset) * wide - grouped
             powered = error.square() if search.power == 2 else error.abs().pow_(search.power)
             loss = (powered if importance is None else powered * importance).sum(2)
@@ -184,18 +184,18 @@ def best_grid(
 
 
 def _candidates(
-    low: torch.Tensor, high: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype
+    low: torch.Tensor, high: torch.Tensor, factor: float, scheme: Scheme, scale_dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Grids for one range: asymmetric one, symmetric one for each sign of the scale below 8 bits."""
+    """Grids for `factor` times the range: asymmetric one, symmetric one for each sign of the scale."""
+    shrink = torch.tensor(factor, dtype=torch.float32)
     if not scheme.symmetric:
-        scales = stored_scale((high - low) / scheme.largest_code, scale_dtype)
-        zeros = (-low / scales.float()).round_().clamp_(0, scheme.largest_code)
-        yield scales, zeros
+        scales = stored_scale((high - low) * shrink / scheme.largest_code, scale_dtype)
+        yield scales, (-(low * shrink) / scales.float()).round_().clamp_(0, scheme.largest_code)
         return
     middle = torch.full_like(low, float(scheme.midpoint))
     extreme = torch.where(high > -low, high, low)
     # The group's extreme goes to code 0, on whichever side it lies: all 2^bits levels serve.
-    magnitude = stored_scale(extreme.abs() / max(scheme.midpoint, 1), scale_dtype)
+    magnitude = stored_scale(extreme.abs() * shrink / scheme.midpoint, scale_dtype)
     yield torch.where(extreme > 0, -magnitude, magnitude), middle
     if scheme.bits > 1:
-        yield stored_scale(extreme.abs() / (scheme.midpoint - 1), scale_dtype), middle
+        yield stored_scale(extreme.abs() * shrink / (scheme.midpoint - 1), scale_dtype), middle

@@ -89,14 +89,24 @@ def seal(
         codes: uint8 [N, K], unsigned; float8_e4m3fn for fp8; int8 signed codes are taken as they are at 8 bits.
         scales: [N, G] in the stored dtype. zeros: uint8 [N, G], unsigned; None if symmetric.
     """
-    scheme = method.scheme
     shape = (codes.shape[0], codes.shape[1])
-    if scheme.kind == "float" or codes.dtype == torch.int8:
-        return QuantizedWeight(codes, scales, None, shape, method, scheme.group_size)
-    if scheme.bits == 8:
-        signed = None if zeros is None else flip_top_bit(zeros, torch.int8)
-        return QuantizedWeight(flip_top_bit(codes, torch.int8), scales, signed, shape, method, scheme.group_size)
-    return QuantizedWeight(pack_rows(codes, scheme.bits), scales, zeros, shape, method, scheme.group_size)
+    if method.scheme.bits < 8:
+        codes = pack_rows(codes, method.scheme.bits)
+    return seal_packed(codes, scales, zeros, shape, method)
+
+
+def seal_packed(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    shape: tuple[int, int],
+    method: QuantMethod,
+) -> QuantizedWeight:
+    """`seal` for codes that are packed already where they are narrower than 8 bits."""
+    if codes.dtype == torch.uint8:
+        codes = flip_top_bit(codes, torch.int8)
+        zeros = None if zeros is None else flip_top_bit(zeros, torch.int8)
+    return QuantizedWeight(codes, scales, zeros, shape, method, method.scheme.group_size)
 
 
 def open_codes(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -1,0 +1,1 @@
+"""Kernels: compiled forms of the numerics, and what quantized linears multiply with."""

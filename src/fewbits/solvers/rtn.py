@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fewbits.kernels.rounding import round_rows
 from fewbits.methods import QuantMethod
-from fewbits.numerics import Rounded, Search, round_channel_fp8, round_channel_int8, round_groups
-from fewbits.packing import seal
+from fewbits.numerics import Search
+from fewbits.packing import seal_packed
 from fewbits.tensors import QuantizedWeight
 
 # docs/methods/int4.md has the measurements behind these.
@@ -27,15 +28,6 @@ class QuantizedTile:
 
 def quantize_rows(weight: torch.Tensor, method: QuantMethod) -> QuantizedTile:
     """Round rows of a weight [R, K] by `method`'s scheme; scales are kept in the weight's dtype."""
-    rounded = _round(weight, method)
-    sealed = seal(rounded.codes, rounded.scales, rounded.zeros, method)
+    rounded = round_rows(weight, method.scheme, DATA_FREE_SEARCH)
+    sealed = seal_packed(rounded.codes, rounded.scales, rounded.zeros, (weight.shape[0], weight.shape[1]), method)
     return QuantizedTile(sealed, rounded.squared_error, rounded.squared_norm, rounded.nonfinite)
-
-
-def _round(weight: torch.Tensor, method: QuantMethod) -> Rounded:
-    scheme = method.scheme
-    if scheme.kind == "float":
-        return round_channel_fp8(weight, weight.dtype)
-    if scheme.bits == 8 and scheme.symmetric and scheme.group_size == 0:
-        return round_channel_int8(weight, weight.dtype)
-    return round_groups(weight, scheme, weight.dtype, DATA_FREE_SEARCH)

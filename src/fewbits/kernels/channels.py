@@ -1,0 +1,125 @@
+"""Compiled rounding with one scale per output channel: int8 and float8 e4m3fn.
+
+Two passes over a row that stays in the cache: the largest magnitude, then codes, error and norm at once. Bound by
+memory on two cores (bench/kernels.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from fewbits.kernels.compiling import (
+    SUMS,
+    as_bits,
+    as_float,
+    as_numpy,
+    kernel_input,
+    magnitude_bits,
+    rounding_of,
+    stored_scale,
+    total,
+    use_torch_threads,
+    widen,
+)
+from fewbits.numerics import Rounded
+
+INFINITY_BITS = np.uint32(0x7F800000)
+TWO_TO_14 = np.float32(16384.0)
+TWO_TO_14_BITS = np.uint32(0x46800000)
+# e4m3fn: 2^-6 is its smallest normal number; fp32's exponent is biased by 127, its own by 7.
+SMALLEST_NORMAL = np.float32(2.0**-6)
+EXPONENT_SHIFT = np.uint32((127 - 7) << 3)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _largest_bits(row: Any) -> Any:
+    """Bits of the largest magnitude; integers keep the order of floats and vectorize."""
+    largest = np.uint32(0)
+    for k in range(row.size):
+        largest = max(largest, magnitude_bits(row[k]))
+    return largest
+
+
+@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _int8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
+    for r in prange(weight.shape[0]):
+        bits = _largest_bits(weight[r])
+        if bits >= INFINITY_BITS:
+            norms[r] = np.nan
+            continue
+        scale = stored_scale(as_float(bits) / np.float32(127.0), dropped, smallest, top)
+        scales[r] = scale
+        inverse = np.float32(1.0) / scale
+        error, norm = np.float32(0.0), np.float32(0.0)
+        for k in range(weight.shape[1]):
+            u = widen(weight[r, k]) * inverse
+            code = np.rint(u)
+            codes[r, k] = np.int8(np.int32(code))
+            error += (u - code) * (u - code)
+            norm += u * u
+        # A second use of `inverse`: with only one, the compiler turns the product above back into a division.
+        errors[r] = np.float64(error) / (np.float64(inverse) * np.float64(inverse))
+        norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
+
+
+@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
+    for r in prange(weight.shape[0]):
+        bits = _largest_bits(weight[r])
+        if bits >= INFINITY_BITS:
+            norms[r] = np.nan
+            continue
+        scale = stored_scale(as_float(bits) / np.float32(448.0), dropped, smallest, top)
+        scales[r] = scale
+        inverse = np.float32(1.0) / scale
+        error, norm = np.float32(0.0), np.float32(0.0)
+        for k in range(weight.shape[1]):
+            u = widen(weight[r, k]) * inverse
+            # Each step is cut to 32 bits: the compiler's integers are 64 bits wide, and half as many fit a vector.
+            bits = as_bits(u)
+            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            # Nearest even at the third bit of the mantissa.
+            odd = np.uint32(np.uint32(magnitude >> np.uint32(20)) & np.uint32(1))
+            rounded = np.uint32(np.uint32(magnitude + np.uint32(0x7FFFF)) + odd)
+            # Below 2^-6 the grid is uniform, 2^-9 wide: adding 2^14 leaves just those bits of the mantissa.
+            shifted = as_float(magnitude) + TWO_TO_14
+            is_small = as_float(magnitude) < SMALLEST_NORMAL
+            small_code = np.uint32(as_bits(shifted) - TWO_TO_14_BITS)
+            code = small_code if is_small else np.uint32(np.uint32(rounded >> np.uint32(20)) - EXPONENT_SHIFT)
+            value = shifted - TWO_TO_14 if is_small else as_float(np.uint32(rounded & np.uint32(0xFFF00000)))
+            sign = np.uint32(np.uint32(bits >> np.uint32(24)) & np.uint32(0x80))
+            codes[r, k] = np.uint8(np.uint32(code | sign))
+            miss = as_float(magnitude) - value
+            error += miss * miss
+            norm += u * u
+        # A second use of `inverse`: with only one, the compiler turns the product above back into a division.
+        errors[r] = np.float64(error) / (np.float64(inverse) * np.float64(inverse))
+        norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
+
+
+def round_channel_int8(weight: torch.Tensor, scale_dtype: torch.dtype, out: torch.Tensor | None = None) -> Rounded:
+    """`numerics.round_channel_int8`, compiled; codes go into `out` if given (int8 [R, K])."""
+    return _round(_int8, weight, scale_dtype, torch.int8, out)
+
+
+def round_channel_fp8(weight: torch.Tensor, scale_dtype: torch.dtype, out: torch.Tensor | None = None) -> Rounded:
+    """`numerics.round_channel_fp8`, compiled; codes go into `out` if given (float8_e4m3fn [R, K])."""
+    return _round(_fp8, weight, scale_dtype, torch.float8_e4m3fn, out)
+
+
+def _round(
+    kernel: Any, weight: torch.Tensor, scale_dtype: torch.dtype, code_dtype: torch.dtype, out: torch.Tensor | None
+) -> Rounded:
+    use_torch_threads()
+    rows = weight.shape[0]
+    codes = torch.empty(weight.shape, dtype=code_dtype) if out is None else out
+    scales = np.ones(rows, np.float32)
+    errors, norms = np.zeros(rows), np.zeros(rows)
+    kernel(kernel_input(weight), as_numpy(codes), scales, errors, norms, *rounding_of(scale_dtype))
+    stored = torch.from_numpy(scales)[:, None].to(scale_dtype)
+    squared_norm = total(norms)
+    return Rounded(codes, stored, None, total(errors), squared_norm, squared_norm != squared_norm)

@@ -1,0 +1,113 @@
+"""What the compiled kernels share: how they are compiled, bits as floats and back, and rounding to a stored dtype.
+
+bf16 comes in as uint16: NumPy has no such type, its order-preserving bits make maxima vectorize, and widening is a
+shift. Half precision and fp32 weights come in as fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+# Sums may be reordered into lanes and fused with products. Codes must not change by it: each is a product, rounded.
+SUMS = {"reassoc", "nsz", "contract"}
+
+
+def use_torch_threads() -> None:
+    """Let kernels use as many threads as torch does."""
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+
+
+if "NUMBA_THREADING_LAYER" not in os.environ:
+    # Beside torch's own threads, OpenMP costs 2 % and the default work queue 62 %.
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """The float32 whose bits these are."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_bits(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+def widen(value: Any) -> Any:
+    """A weight as fp32, inside kernels: bf16 arrives as its uint16 bits, all else as fp32."""
+    raise NotImplementedError
+
+
+def magnitude_bits(value: Any) -> Any:
+    """The bits of a weight's magnitude as fp32, inside kernels."""
+    raise NotImplementedError
+
+
+@overload(widen, inline="always", strict=False)  # type: ignore[untyped-decorator]
+def _widen(value: Any) -> Any:
+    if isinstance(value, types.Integer):
+        return lambda value: as_float(np.uint32(value) << np.uint32(16))
+    return lambda value: value
+
+
+@overload(magnitude_bits, inline="always", strict=False)  # type: ignore[untyped-decorator]
+def _magnitude_bits(value: Any) -> Any:
+    if isinstance(value, types.Integer):
+        return lambda value: np.uint32(np.uint32(value & np.uint16(0x7FFF)) << np.uint32(16))
+    return lambda value: np.uint32(as_bits(value) & np.uint32(0x7FFFFFFF))
+
+
+def rounding_of(dtype: torch.dtype) -> tuple[int, np.float32, np.float32]:
+    """How fp32 is rounded to `dtype` by its bits: mantissa bits to drop, smallest normal, largest finite number."""
+    limits = torch.finfo(dtype)
+    dropped = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[dtype]
+    return dropped, np.float32(limits.tiny), np.float32(limits.max)
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def stored_scale(scale: Any, dropped: Any, smallest: Any, largest: Any) -> Any:
+    """`numerics.stored_scale` of one positive fp32 scale: clamped, rounded half to even, 1 for 0."""
+    if scale == np.float32(0.0):
+        return np.float32(1.0)
+    clamped = min(max(scale, smallest), largest)
+    if dropped == 0:
+        return clamped
+    bits = as_bits(clamped)
+    half = np.uint32((1 << (dropped - 1)) - 1)
+    odd = (bits >> np.uint32(dropped)) & np.uint32(1)
+    return as_float(((bits + half + odd) >> np.uint32(dropped)) << np.uint32(dropped))
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's memory as NumPy sees it; bf16 as uint16, float8 as uint8."""
+    views = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+    return tensor.view(views.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def kernel_input(weight: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Contiguous weights as the kernels take them: bf16 as uint16, all else as fp32."""
+    weight = weight.contiguous()
+    return as_numpy(weight if weight.dtype == torch.bfloat16 else weight.to(torch.float32))
+
+
+def total(per_row: np.ndarray[Any, Any]) -> float:
+    """Sum over rows in fp64, in one order whatever the number of threads."""
+    return math.fsum(per_row.tolist())

@@ -1,0 +1,41 @@
+"""Rounding on whatever is there: the compiled kernels, or the portable form where Numba cannot be imported."""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits import numerics
+from fewbits.numerics import Rounded, Search
+from fewbits.packing import pack_rows
+from fewbits.schemes import Scheme
+
+try:
+    from fewbits.kernels import channels, groups
+
+    WHY_NOT_COMPILED: str | None = None
+except ImportError as error:
+    WHY_NOT_COMPILED = f"Numba is not usable: {error}"
+
+
+def round_rows(weight: torch.Tensor, scheme: Scheme, search: Search, *, compiled: bool = True) -> Rounded:
+    """Round rows of a weight [R, K] to a scheme's grid, scales in the weight's dtype.
+
+    Codes come as files and kernels hold them: int8, float8_e4m3fn, or below 8 bits packed int32 words.
+
+    Args:
+        compiled: False forces the portable form.
+    """
+    compiled = compiled and WHY_NOT_COMPILED is None and weight.device.type == "cpu"
+    if scheme.kind == "float":
+        return (channels if compiled else numerics).round_channel_fp8(weight, weight.dtype)
+    if scheme.bits == 8 and scheme.symmetric and scheme.group_size == 0:
+        return (channels if compiled else numerics).round_channel_int8(weight, weight.dtype)
+    if compiled:
+        return groups.round_groups(weight, scheme, weight.dtype, search, packed=scheme.bits < 8)
+    rounded = numerics.round_groups(weight, scheme, weight.dtype, search)
+    if scheme.bits == 8:
+        return rounded
+    return Rounded(
+        pack_rows(rounded.codes, scheme.bits), rounded.scales, rounded.zeros,
+        rounded.squared_error, rounded.squared_norm, rounded.nonfinite,
+    )  # fmt: skip
