@@ -207,6 +207,15 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path: Path) -> None:
     assert error.hint == f"give {tmp_path}"
 
 
+def test_a_name_of_the_hub_is_told_how_to_be_downloaded() -> None:
+    assert "hf download someone/Model-1B" in str(refusal(Path("someone/Model-1B")).hint)
+
+
+def test_a_config_that_names_a_key_twice_is_read_as_everyone_reads_it(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"model.safetensors": VALID}, '{"vocab_size": 1, "vocab_size": 32}')
+    assert open_checkpoint(tmp_path).config == {"vocab_size": 32}
+
+
 class Bomb:
     """A pickle that leaves a trace when it is opened."""
 
@@ -247,6 +256,7 @@ def test_a_pipe_in_the_place_of_weights_is_refused_at_once(tmp_path: Path) -> No
     [
         ({"quantization_config": {"quant_method": "gptq"}}, {}, ["a.weight"]),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, {}, ["a.weight"]),
+        ({"thinker_config": {"text_config": {"quantization_config": {"quant_method": "fp8"}}}}, {}, ["a.weight"]),
         ({"compression_config": {"format": "pack-quantized"}}, {}, ["a.weight"]),
         ({}, {"quantize_config.json": "{}"}, ["a.weight"]),
         ({}, {}, ["a.weight_packed"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -178,7 +179,7 @@ def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, sys, signal
+import os, shutil, signal, sys
 from pathlib import Path
 from fewbits.checkpoints.partial import PartialFolder
 folder = PartialFolder(sys.argv[1], overwrite=True)
@@ -193,25 +194,29 @@ def counted(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
 Path.rename = counted
+if sys.argv[2] == "3":
+    shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 folder.finish()
 """
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_an_overwrite_killed_between_its_renames_loses_neither(at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_overwrite_killed_around_its_renames_loses_neither(at: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with PartialFolder(out) as folder:
         fill(folder)
         folder.finish()
+    before = shutil.copytree(out, tmp_path / "before")
     run = subprocess.run([sys.executable, "-c", KILLED, out, str(at)], capture_output=True, text=True, check=False)
     assert run.returncode == -9, run.stderr
-    assert out.exists() == (at == 1)
+    assert out.exists() == (at != 2)
     with PartialFolder(out, overwrite=True) as folder:
-        assert value_in(out) == 1.0, "the old one is back, or was never gone"
+        old = b"new" if at == 3 else (before / FILE).read_bytes()
+        assert (out / FILE).read_bytes() == old, "the old one is back, or was never gone"
         fill(folder, 2.0)
         folder.finish()
     assert value_in(out) == 2.0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "out"]
 
 
 def test_a_result_too_large_for_the_disk_is_refused_before_the_work(small_disk: Path) -> None:

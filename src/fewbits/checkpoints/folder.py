@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ LARGEST_COMPANION = 64 * 2**20
 COMPANION_FOLDERS = ("additional_chat_templates", "chat_templates")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".npy", ".tflite", ".ot")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 CONVERT_HINT = (
     "pickled weights can run code when opened, so fewbits never does: "
     "load them where you trust them and save with safetensors"
@@ -28,7 +30,10 @@ CONVERT_HINT = (
 def require_folder(path: Path) -> None:
     """Refuse a path that is no folder."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist.", "give the folder of a Hugging Face checkpoint")
+        hint = "give the folder of a Hugging Face checkpoint"
+        if HUB_NAME.fullmatch(str(path)):
+            hint += f"; a model of the hub is downloaded first: hf download {path} --local-dir FOLDER"
+        raise CheckpointError(f"{path} does not exist.", hint)
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; expected the folder it lies in.", f"give {path.absolute().parent}")
 
@@ -41,7 +46,7 @@ def listing(path: Path) -> list[Path]:
         raise CheckpointError(f"{path} cannot be listed: {error.strerror}.", "check its permissions") from error
 
 
-def read_json(path: Path, hint: str) -> dict[str, Any]:
+def read_json(path: Path, hint: str, *, keys_once: bool = True) -> dict[str, Any]:
     """Read a JSON object from a file of the checkpoint."""
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file.", hint)
@@ -49,7 +54,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.", hint) from error
-    return parse_object(path, content, "the content", hint)
+    return parse_object(path, content, "the content", hint, keys_once=keys_once)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -64,7 +69,8 @@ def read_config(path: Path) -> dict[str, Any]:
         }
         found = [hint for name, hint in hints.items() if (path / name).exists()]
         raise CheckpointError(f"{path} has no {CONFIG_FILE}.", found[0] if found else hint)
-    return read_json(config, hint)
+    # Some published configs name a key twice; every reader takes the last.
+    return read_json(config, hint, keys_once=False)
 
 
 def weight_files(path: Path) -> tuple[WeightFile, ...]:

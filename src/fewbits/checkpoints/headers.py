@@ -103,10 +103,10 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def parse_object(path: Path, content: bytes, what: str, hint: str) -> dict[str, Any]:
-    """Parse a JSON object; CheckpointError if it is anything else."""
+def parse_object(path: Path, content: bytes, what: str, hint: str, *, keys_once: bool = True) -> dict[str, Any]:
+    """Parse a JSON object; CheckpointError if it is anything else, or (with `keys_once`) names a key twice."""
     try:
-        parsed = json.loads(content.decode(), object_pairs_hook=refuse_duplicates)
+        parsed = json.loads(content.decode(), object_pairs_hook=refuse_duplicates if keys_once else None)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise CheckpointError(f"{path}: {what} is not valid JSON: {reason}.", hint) from error

@@ -126,6 +126,8 @@ class PartialFolder:
         if (self.scratch / REPLACING_FILE).exists():
             self._bring_old_back()
             refuse_output(self.out, overwrite=self._overwrite)
+        if self._overwrite and (self.out / SCRATCH_FOLDER / REPLACING_FILE).exists():
+            self._delete_old()
         if self._overwrite and self._replaced.exists():
             raise PlanError(f"{self._replaced} is in the way of replacing {self.out}.", "move or delete it")
         for leftover in self.path.iterdir():
@@ -202,10 +204,14 @@ class PartialFolder:
             self._bring_old_back()
             raise output_error(self.out, error) from error
         self._release()
-        if self._overwrite:
+        self._delete_old()
+        return self.out
+
+    def _delete_old(self) -> None:
+        # In this order: while the marker is there, the next run knows that what was replaced is ours to delete.
+        if (self.out / SCRATCH_FOLDER / REPLACING_FILE).exists():
             shutil.rmtree(self._replaced, ignore_errors=True)
         shutil.rmtree(self.out / SCRATCH_FOLDER, ignore_errors=True)
-        return self.out
 
     def _put_old_aside(self) -> None:
         if not self.out.exists():

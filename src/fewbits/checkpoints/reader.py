@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,14 +104,11 @@ def open_checkpoint(path: str | Path, *, allow_quantized: bool = False) -> Check
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     path = checkpoint.path
-    nested = [value for value in checkpoint.config.values() if isinstance(value, dict)]
-    for part in [checkpoint.config, *nested]:
-        for key in QUANTIZATION_KEYS:
-            if part.get(key):
-                method = part[key].get("quant_method", "unknown") if isinstance(part[key], dict) else "unknown"
-                raise CheckpointError(
-                    f"{path} is quantized already: config.json has {key} ({shown(str(method))}).", ORIGINAL_HINT
-                )
+    for key, value in _quantization_entries(checkpoint.config):
+        method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
+        raise CheckpointError(
+            f"{path} is quantized already: config.json has {key} ({shown(str(method))}).", ORIGINAL_HINT
+        )
     for name in QUANTIZATION_FILES:
         if (path / name).exists():
             raise CheckpointError(f"{path} is quantized already: it has {name}.", ORIGINAL_HINT)
@@ -119,6 +116,15 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         if name.endswith(QUANTIZED_SUFFIXES):
             raise CheckpointError(f"{entry.file} is quantized already: it has the tensor {shown(name)}.", ORIGINAL_HINT)
     _refuse_odd_weights(checkpoint.tensors.values())
+
+
+def _quantization_entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every entry that says how weights were quantized, in nested configs as well."""
+    for key, value in config.items():
+        if key in QUANTIZATION_KEYS and value:
+            yield key, value
+        elif isinstance(value, dict):
+            yield from _quantization_entries(value)
 
 
 def _refuse_odd_weights(entries: Iterable[TensorEntry]) -> None:
