@@ -75,9 +75,6 @@ def _vllm_cpu_slow(layer: PlannedScheme) -> str | None:
 
 
 def _transformers_slow(layer: PlannedScheme) -> str | None:
-    scheme = layer.scheme
-    if scheme.bits < 8 and not scheme.symmetric:
-        return "asymmetric packed weights load with CompressedTensorsConfig(dequantize=True) only"
     return "decodes weights to the model's dtype"
 
 
@@ -107,6 +104,14 @@ def _tally(layers: Iterable[PlannedScheme], reason_of: Refusal) -> tuple[str, ..
     )
 
 
+def _asymmetric_in_a_mix(layers: Iterable[PlannedScheme]) -> tuple[str, ...]:
+    """docs/decisions/0002: asymmetric zero points load in transformers if every layer has the same scheme."""
+    schemes = {layer.scheme for layer in layers}
+    if len(schemes) == 1 or all(scheme.symmetric for scheme in schemes):
+        return ()
+    return ("asymmetric layers beside others: transformers from 5.23 on mistakes the shape of their zero points",)
+
+
 def engine_support(layers: list[PlannedScheme], unlike_fusions: list[str]) -> tuple[EngineSupport, ...]:
     """What each engine makes of these layers.
 
@@ -119,6 +124,8 @@ def engine_support(layers: list[PlannedScheme], unlike_fusions: list[str]) -> tu
         reasons = _tally(layers, refuses)
         if fuses:
             reasons += tuple(f"fused layers of unlike schemes: {fusion}" for fusion in unlike_fusions[:3])
+        if engine == "transformers":
+            reasons += _asymmetric_in_a_mix(layers)
         loads = not reasons
         slow_reasons = _tally(layers, slow) if loads else ()
         supports.append(EngineSupport(engine, loads, loads and not slow_reasons, reasons + slow_reasons))
