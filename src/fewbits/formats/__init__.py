@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fewbits.formats import compressed_tensors
 from fewbits.formats.compressed_tensors import Shaped
 from fewbits.layout import OutputTensor
 from fewbits.schemes import Scheme
-from fewbits.tensors import QuantizedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbits.tensors import QuantizedWeight
 
 
 class Format(Protocol):

@@ -7,23 +7,25 @@
 | float-quantized | fp8, dynamic activations  | weight (float8_e4m3fn), weight_scale                            |
 | naive-quantized | fp8, weights only         | weight (float8_e4m3fn), weight_scale                            |
 
+Plans are made without torch, so it is imported where tensors are at hand.
 Codes pack along the inputs of a row, zero points along the outputs of a group column; docs/decisions/0002 says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fewbits.errors import CheckpointError
 from fewbits.formats.compressed_tensors_config import format_of, quantization_config, schemes_from_config
 from fewbits.layout import WEIGHT_DTYPES, OutputTensor, stored_dtype
 from fewbits.methods import GPTQ, Fp8E4M3, GroupSize, Int4Asymmetric, Int8Symmetric, QuantMethod
-from fewbits.packing import flip_top_bit, pack_columns, unpack_columns, words_for
 from fewbits.schemes import Scheme
-from fewbits.tensors import QuantizedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbits.tensors import QuantizedWeight
 
 __all__ = [
     "NAME",
@@ -89,18 +91,18 @@ def tensors_for(module: str, scheme: Scheme, shape: tuple[int, int], scale_dtype
     scale = OutputTensor(f"{module}.weight_scale", scale_dtype, (rows, scheme.groups(columns)))
     if not _is_packed(scheme):
         return (OutputTensor(f"{module}.weight", "I8" if scheme.kind == "int" else "F8_E4M3", shape), scale)
-    packed = OutputTensor(f"{module}.weight_packed", "I32", (rows, words_for(columns, scheme.bits)))
+    packed = OutputTensor(f"{module}.weight_packed", "I32", (rows, _words(columns, scheme.bits)))
     size = OutputTensor(f"{module}.weight_shape", "I64", (2,))
     if scheme.symmetric:
         return (packed, scale, size)
-    zeros = (words_for(rows, scheme.bits), scheme.groups(columns))
+    zeros = (_words(rows, scheme.bits), scheme.groups(columns))
     return (packed, scale, size, OutputTensor(f"{module}.weight_zero_point", "I32", zeros))
 
 
 def stored_rows(tensor: str, scheme: Scheme, start: int, stop: int) -> tuple[int, int]:
     """The rows of a stored tensor that hold rows [start, stop) of the weight; `start` is a multiple of 32."""
     if tensor.endswith(".weight_zero_point"):
-        return start * scheme.bits // 32, words_for(stop, scheme.bits)
+        return start * scheme.bits // 32, _words(stop, scheme.bits)
     return (0, 2) if tensor.endswith(".weight_shape") else (start, stop)
 
 
@@ -133,6 +135,10 @@ def encode(module: str, weight: QuantizedWeight, shape: tuple[int, int], first_r
             tile is the last.
         shape: [out, in] of the whole weight.
     """
+    import torch
+
+    from fewbits.packing import flip_top_bit, pack_columns
+
     scheme, rows = weight.method.scheme, weight.shape[0]
     if first_row % ROW_MULTIPLE or (rows % ROW_MULTIPLE and first_row + rows != shape[0]):
         raise ValueError(f"{module}: rows {first_row} to {first_row + rows} of {shape[0]} are no tile of whole words")
@@ -161,6 +167,11 @@ def decode(
     Raises:
         CheckpointError: a tensor is missing, or has another dtype or shape than the scheme asks for.
     """
+    import torch
+
+    from fewbits.packing import flip_top_bit, unpack_columns
+    from fewbits.tensors import QuantizedWeight
+
     shape = shape or shape_of(module, scheme, tensors, lambda name: tensors[name])
     scale: torch.Tensor = _required(module, tensors, f"{module}.weight_scale")
     scale_dtype = stored_dtype(scale.dtype)
@@ -195,12 +206,18 @@ def method_of(scheme: Scheme) -> QuantMethod:
     )
 
 
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
 def _is_packed(scheme: Scheme) -> bool:
     return format_of(scheme) == "pack-quantized"
 
 
 def _words_of_bytes(codes: torch.Tensor) -> torch.Tensor:
     """Four codes of 8 bits to a word, the first in the lowest byte."""
+    import torch
+
     missing = -codes.shape[1] % 4
     padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes.contiguous()
     return padded.view(torch.int32)
