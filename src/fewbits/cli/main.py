@@ -8,8 +8,10 @@ import typer
 
 from fewbits.cli.demo import demo
 from fewbits.cli.evaluate import evaluate
+from fewbits.cli.inspect import inspect
 from fewbits.cli.plan import plan
 from fewbits.cli.quantize import quantize
+from fewbits.cli.verify import verify
 from fewbits.errors import FewbitsError
 
 app = typer.Typer(
@@ -21,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-for command in (quantize, plan, evaluate, demo):
+for command in (quantize, plan, inspect, verify, evaluate, demo):
     app.command()(command)
 
 
