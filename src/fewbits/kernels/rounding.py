@@ -39,3 +39,20 @@ def round_rows(weight: torch.Tensor, scheme: Scheme, search: Search, *, compiled
         pack_rows(rounded.codes, scheme.bits), rounded.scales, rounded.zeros,
         rounded.squared_error, rounded.squared_norm, rounded.nonfinite,
     )  # fmt: skip
+
+
+def search_grid(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    search: Search,
+    importance: torch.Tensor | None,
+    *,
+    compiled: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of least weighted error for each group of fp32 rows [R, K]: scales [R, G], zero points uint8 [R, G]."""
+    compiled = compiled and WHY_NOT_COMPILED is None and weight.device.type == "cpu"
+    rounded = (groups if compiled else numerics).round_groups(weight, scheme, scale_dtype, search, importance)
+    if rounded.zeros is None:
+        return rounded.scales, torch.full(rounded.scales.shape, scheme.midpoint, dtype=torch.uint8)
+    return rounded.scales, rounded.zeros
