@@ -21,7 +21,7 @@ from fewbits.config import QuantConfig
 from fewbits.errors import FewbitsError, MissingDependencyError
 from fewbits.evaluate import Evaluation, evaluate_many
 from fewbits.decoded import complete
-from fewbits.methods import AWQ, GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod, SmoothQuant
+from fewbits.methods import Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod
 from fewbits.progress import Progress, Silent
 from fewbits.quantize import quantize
 from fewbits.report import Report
@@ -33,10 +33,7 @@ GROUP_SIZE = 64
 METHODS: tuple[QuantMethod, ...] = (
     Int8Symmetric(),
     Fp8E4M3(),
-    SmoothQuant(alpha="auto"),
     Int4Asymmetric(GROUP_SIZE),
-    AWQ(GROUP_SIZE),
-    GPTQ(4, GROUP_SIZE),
 )
 PROMPT = "The capital of France is"
 WINDOWS, LENGTH = 4, 512
@@ -92,9 +89,7 @@ def demo(
         for name, report in reports.items():
             sentence = complete(report.out_dir, PROMPT)
             rows.append(
-                DemoRow(
-                    name, report.plan.bytes_after, report.plan.effective_bits, report, evaluations[name], sentence
-                )
+                DemoRow(name, report.plan.bytes_after, report.plan.effective_bits, report, evaluations[name], sentence)
             )
         return rows
 
@@ -186,5 +181,3 @@ def _decode(gguf: Path, out: Path) -> None:
     plain.config.architectures = [type(model).__name__]
     plain.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-
-

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewbits.checkpoints.folder import CONFIG_FILE, INDEX_FILE
 from fewbits.checkpoints.journal import Journal
@@ -17,9 +17,13 @@ from fewbits.config import QuantConfig
 from fewbits.convert import Conversion, FinishedShard, NonFiniteWeights, ShardWork
 from fewbits.errors import CalibrationError, PlanError
 from fewbits.formats import FORMATS
+from fewbits.notes import Note
 from fewbits.plan import Plan, plan, without
 from fewbits.progress import Progress, Silent
 from fewbits.report import MANIFEST, LayerRecord, Report
+
+if TYPE_CHECKING:
+    from fewbits.calibration import Calibration
 
 
 def quantize(
@@ -28,6 +32,8 @@ def quantize(
     config: QuantConfig,
     calibration: str | Path | None = None,
     *,
+    samples: int = 128,
+    length: int = 2048,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     strict: bool = False,
@@ -42,7 +48,8 @@ def quantize(
         model_dir: a Hugging Face checkpoint folder with safetensors in bf16, fp16 or fp32.
         out_dir: folder to make; refused if it exists, unless `overwrite`.
         config: methods by layer.
-        calibration: text for methods that look at activations.
+        calibration: text (or token ids) for methods that look at activations.
+        samples, length: how many samples of how many tokens of it are used.
         allow_nonfinite: carry layers that hold NaN or infinite weights over unquantized, with a note, instead of
             failing.
         strict: raise PlanError where otherwise a note would be made.
@@ -65,9 +72,14 @@ def quantize(
         )
     if strict and planned.notes:
         raise PlanError(f"strict: {planned.notes[0]}", "resolve it in the config, or run without --strict")
+    text = None
+    if needing and calibration is not None:
+        from fewbits.calibration import read_calibration
+
+        text = read_calibration(calibration, model_dir, samples, length)
     with PartialFolder(out_dir, planned.source, planned.bytes_after, overwrite=overwrite) as folder:
-        with Journal.open(folder.path, _fingerprint(planned)) as journal:
-            run = _Run(planned, folder, journal, progress or Silent(), allow_nonfinite, strict)
+        with Journal.open(folder.path, _fingerprint(planned, text)) as journal:
+            run = _Run(planned, folder, journal, text, progress or Silent(), allow_nonfinite, strict)
             run.convert()
         return run.finish()
 
@@ -79,10 +91,12 @@ class _Run:
     plan: Plan
     folder: PartialFolder
     journal: Journal
+    calibration: Calibration | None
     progress: Progress
     allow_nonfinite: bool
     strict: bool
     started_s: float = field(default_factory=time.monotonic)
+    stages: dict[str, float] = field(default_factory=dict)
     resumed_shards: int = 0
 
     def convert(self) -> None:
@@ -93,10 +107,8 @@ class _Run:
         for note in self.plan.notes:
             self.progress.note(note)
         while True:
-            remaining = self._remaining()
-            self.progress.begin("quantizing", sum(e.nbytes for w in remaining for e, _ in w.sources), "bytes")
             try:
-                Conversion(self.plan, self._open, self._record, self.progress, self.allow_nonfinite).run(remaining)
+                self._convert_once()
                 return
             except NonFiniteWeights as error:
                 if not self.allow_nonfinite or self.strict or error.layer is None:
@@ -106,6 +118,22 @@ class _Run:
                 self.progress.note(self.plan.notes[-1])
             finally:
                 self.progress.end()
+
+    def _convert_once(self) -> None:
+        remaining = self._remaining()
+        blocks = {} if self.calibration is None else _blocks(self.plan)
+        calibrated = {work.number for work in blocks.values()}
+        streamed = [work for work in remaining if work.number not in calibrated]
+        if streamed:
+            self.progress.begin("quantizing", sum(entry.nbytes for work in streamed for entry, _ in work.sources), "bytes")
+            Conversion(self.plan, self._open, self._record, self.progress, self.allow_nonfinite).run(streamed)
+            self.progress.end()
+        if self.calibration is not None:
+            from fewbits.calibrated import CalibratedConversion
+
+            conversion = CalibratedConversion(self.plan, self.folder, self.journal, self.calibration, self.progress)
+            conversion.run(remaining, blocks)
+            self.stages = asdict(conversion.timings)
 
     def _remaining(self) -> list[ShardWork]:
         return [work for work in _work(self.plan) if self.plan.shards[work.number].file not in self.journal.finished]
@@ -128,11 +156,13 @@ class _Run:
             out_dir=self.folder.out,
             plan=self.plan,
             layers=layers,
-            notes=self.plan.notes,
+            notes=self.plan.notes + tuple(Note(**note) for record in records for note in record["notes"]),
             tensor_digests={name: digest for record in records for name, digest in record["tensors"].items()},
             elapsed_s=0.0,
             peak_memory_bytes=0,
+            stages=self.stages,
             resumed_shards=self.resumed_shards,
+            calibration=_calibration_facts(self.calibration),
         )
         self.folder.copy_companions()
         if len(self.plan.shards) > 1:
@@ -144,13 +174,31 @@ class _Run:
         return replace(report, elapsed_s=elapsed_s, peak_memory_bytes=peak_memory_bytes())
 
 
-def _fingerprint(planned: Plan) -> dict[str, Any]:
+def _fingerprint(planned: Plan, calibration: Calibration | None) -> dict[str, Any]:
     return {
         "source": planned.source.fingerprint(),
         "config": planned.config.to_dict(),
         "format": planned.format,
-        "calibration": None,
+        "calibration": _calibration_facts(calibration),
     }
+
+
+def _calibration_facts(calibration: Calibration | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    samples, length = calibration.ids.shape
+    return {"source": calibration.source, "samples": samples, "length": length, "digest": calibration.digest}
+
+
+def _blocks(planned: Plan) -> dict[int, ShardWork]:
+    """The shard of each decoder block that has something to solve."""
+    blocks = {layer.layer.tensor: layer.layer.block for layer in planned.layers if layer.layer.block is not None}
+    found = {}
+    for work in _work(planned):
+        numbers = {blocks[entry.name] for entry, _ in work.sources if entry.name in blocks}
+        if len(numbers) == 1:
+            found[numbers.pop()] = work
+    return found
 
 
 def _work(planned: Plan) -> list[ShardWork]:

@@ -40,6 +40,12 @@ def quantize(
     alpha: Alpha = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Text, JSON lines, Parquet or token ids to calibrate with."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a sample.")] = 2048,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Carry layers with NaN or infinite weights over unquantized.")
@@ -58,6 +64,9 @@ def quantize(
         model,
         out,
         chosen,
+        calibration,
+        samples=samples,
+        length=length,
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
         strict=strict,

@@ -1,0 +1,128 @@
+"""Conversion with calibration data: the model's own forward runs once, and each block is written as soon as it is solved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbits.calibrate import BlockDone, Timings, TokenWeights, load_states, run_blocks
+from fewbits.calibration import Calibration
+from fewbits.checkpoints.journal import Journal
+from fewbits.checkpoints.partial import PartialFolder
+from fewbits.checkpoints.reader import TensorReader
+from fewbits.checkpoints.writer import ShardWriter
+from fewbits.convert import NonFiniteWeights, ShardWork, holds_nonfinite
+from fewbits.formats import FORMATS
+from fewbits.layers import LinearLayer
+from fewbits.notes import Note
+from fewbits.plan import Plan
+from fewbits.progress import Progress
+from fewbits.skeleton import Skeleton, build_model
+from fewbits.solve_layers import SolvedLayer, solve_group
+from fewbits.statistics import Statistics
+
+STATES_FILE = "states-{block}.safetensors"
+
+
+@dataclass
+class CalibratedConversion:
+    """Solves and writes the shards of decoder blocks, in order, from the first that the journal does not hold."""
+
+    plan: Plan
+    folder: PartialFolder
+    journal: Journal
+    calibration: Calibration
+    progress: Progress
+    token_weights: TokenWeights | None = None
+    memory_limit: int | None = None
+    timings: Timings = field(default_factory=Timings)
+    _solved: dict[str, SolvedLayer] = field(default_factory=dict)
+    _notes: list[Note] = field(default_factory=list)
+
+    def run(self, shards: Sequence[ShardWork], blocks: dict[int, ShardWork]) -> None:
+        """Write the shards of `blocks`.
+
+        Args:
+            shards: those still missing. blocks: every block's shard by the block's number.
+
+        Raises:
+            CalibrationError: NaN appeared on the way, or transformers cannot run the model.
+        """
+        missing = {work.number for work in shards}
+        todo = sorted(block for block, work in blocks.items() if work.number in missing)
+        if not todo:
+            return
+        self._planned = {layer.name: layer for layer in self.plan.quantized}
+        states = self._states(todo[0])
+        first = 0 if states is None else states.block + 1
+        with TensorReader(self.plan.source) as reader:
+            skeleton = Skeleton(build_model(self.plan.source.path, torch.bfloat16), self.plan.source, reader)
+            layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
+            self.progress.begin("calibrating", len(skeleton.blocks) - first, "blocks")
+            for done in run_blocks(
+                skeleton, self.calibration.ids, layers, self._solve,
+                token_weights=self.token_weights, states=states, memory_limit=self.memory_limit,
+            ):  # fmt: skip
+                self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
+                self.timings = done.timings
+                self.progress.advance(1, done.name)
+            self.progress.end()
+
+    def _states(self, first: int) -> Any:
+        """States behind the last finished block; without them the pass starts over, to the same bytes."""
+        if first == 0:
+            return None
+        path = self._states_path(first - 1)
+        return load_states(path) if path.exists() else None
+
+    def _states_path(self, block: int) -> Path:
+        return self.folder.scratch / STATES_FILE.format(block=block)
+
+    def _solve(
+        self, layers: Sequence[LinearLayer], weights: Sequence[torch.Tensor], statistics: Statistics | None
+    ) -> list[torch.Tensor | None]:
+        for layer, weight in zip(layers, weights, strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                raise NonFiniteWeights(self.plan.source.tensors[layer.tensor], layer.name)
+        solved = solve_group(layers, weights, statistics, self._planned, self._notes)
+        self._solved |= solved
+        return [solved[layer.name].weight.dequantize() for layer in layers]
+
+    def _finish(self, done: BlockDone, work: ShardWork, reader: TensorReader, *, write: bool) -> None:
+        """Write one block's shard and states, then the journal's line."""
+        notes = [*self._notes, *done.notes]
+        solved, self._solved, self._notes = self._solved, {}, []
+        if not write:
+            return
+        shard = self.plan.shards[work.number]
+        writer = ShardWriter(self.folder.path, shard)
+        try:
+            for entry, layer in work.sources:
+                if layer is None:
+                    content = torch.empty(entry.nbytes, dtype=torch.uint8)
+                    reader.read_bytes(entry.name, 0, content)
+                    if holds_nonfinite(content, entry.dtype):
+                        raise NonFiniteWeights(entry, None)
+                    writer.write(entry.name, content)
+                    continue
+                encoded = FORMATS[self.plan.format].encode(layer.name, solved[layer.name].weight, layer.shape)
+                for name, tensor in encoded.items():
+                    writer.write(name, tensor)
+            digests = writer.close()
+        finally:
+            writer.abort()
+        path = self._states_path(done.block)
+        temporary = path.with_suffix(".unfinished")
+        if done.save_states(temporary):
+            temporary.replace(path)
+        records = [asdict(solved[layer.name].record) for _, layer in work.sources if layer is not None]
+        for note in notes:
+            self.progress.note(note)
+        self.journal.append(shard.file, digests, records, [asdict(note) for note in notes])
+        self._states_path(done.block - 1).unlink(missing_ok=True)
+
+
