@@ -109,7 +109,7 @@ def _cut(ids: list[int], file: Path, samples: int, length: int, vocabulary: int 
     if outside.any():
         place = int(outside.nonzero()[0])
         raise CalibrationError(
-            f"{file}: token {place:,} is {int(used[place])}; the model's vocabulary has {vocabulary:,} tokens, from 0 on.",
+            f"{file}: token {place:,} is {int(used[place])}; the vocabulary has {vocabulary:,} tokens, from 0 on.",
             "were these ids made with another model's tokenizer?",
         )
     notes: tuple[Note, ...] = ()
@@ -167,7 +167,7 @@ def _document(where: str, record: Any, render: Callable[[list[dict[str, Any]]], 
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return str(record["text"])
-        messages = record.get("messages")
+        messages: Any = record.get("messages")
         if _is_conversation(messages):
             return render(messages)
         if _are_ids(record.get("input_ids")):
@@ -289,7 +289,7 @@ def write_own_text(model: Any, samples: int, length: int, seed: int = 0, batch: 
     pieces = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for part in first.split(batch):
+        for part in torch.split(first, batch):
             new = length - part.shape[1]
             pieces.append(
                 model.generate(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ class Skeleton:
             prefix += "." if prefix else ""
         self._install({name: recipe for name, recipe in self._owners.get(None, {}).items() if name.startswith(prefix)})
         if head:
-            self.model.tie_weights()
+            cast(Any, self.model).tie_weights()
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         missing = [
             prefix + name
@@ -236,7 +236,7 @@ def build_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         ) from error
     # One matrix product an expert, as the statistics need it; fused experts compute the same.
     if hasattr(model, "set_experts_implementation") and _has_stacked_experts(model):
-        model.set_experts_implementation("eager")
+        cast(Any, model).set_experts_implementation("eager")
     return model.eval().requires_grad_(False)
 
 
@@ -253,7 +253,7 @@ def _parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = nn.modules.module.register_module_parameter_registration_hook(on_meta)
+    hook = nn.modules.module.register_module_parameter_registration_hook(cast(Any, on_meta))
     try:
         yield
     finally:

@@ -75,7 +75,7 @@ class SuspendedForward:
         length = self.ids.shape[1]
         self.micro_batches = [
             MicroBatch(index, ids, index * self.micro_batch * length)
-            for index, ids in enumerate(self.ids.split(self.micro_batch))
+            for index, ids in enumerate(torch.split(self.ids, self.micro_batch))
         ]
         self._forwards: list[Callable[..., Any]] = []
         self._running: MicroBatch | None = None

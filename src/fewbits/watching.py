@@ -108,4 +108,4 @@ def watch(module: nn.Module, watcher: Watcher) -> None:
                 full_name = f"{name}.{key}" if name else key
                 plain = parameter.detach()
                 # Set past `nn.Module`'s check for Parameter: a Parameter would copy the class, not the attributes.
-                child._parameters[key] = WatchedWeight.around(plain, Slot(full_name), watcher)  # type: ignore[assignment]
+                child._parameters[key] = WatchedWeight.around(plain, Slot(full_name), watcher)
