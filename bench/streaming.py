@@ -116,7 +116,8 @@ def main() -> None:
             for name, results in runs.items():
                 seconds = [elapsed for elapsed, _ in results]
                 row = {
-                    "bench": "streaming", "gigabytes": size, "what": name, "median_s": round(statistics.median(seconds), 3),
+                    "bench": "streaming", "gigabytes": size, "what": name,
+                    "median_s": round(statistics.median(seconds), 3),
                     "min_s": round(min(seconds), 3), "max_s": round(max(seconds), 3),
                     "times_cp": round(statistics.median(seconds) / copy_s, 3),
                     "peak_mib": round(max(memory for _, memory in results) / 2**20), "runs": args.runs,

@@ -1,4 +1,4 @@
-"""Conversion with calibration data: the model's own forward runs once, and each block is written as soon as it is solved."""
+"""Conversion with calibration data: one forward of the model, each block written as soon as it is solved."""
 
 from __future__ import annotations
 
@@ -124,5 +124,3 @@ class CalibratedConversion:
             self.progress.note(note)
         self.journal.append(shard.file, digests, records, [asdict(note) for note in notes])
         self._states_path(done.block - 1).unlink(missing_ok=True)
-
-

@@ -97,7 +97,7 @@ def split_quantized(checkpoint: Checkpoint) -> tuple[dict[str, StoredLayer], lis
         )
     modules = [name.removesuffix(".weight_scale") for name in checkpoint.tensors if name.endswith(".weight_scale")]
     members: dict[str, list[str]] = {module: [] for module in modules}
-    plain = []
+    plain: list[str] = []
     for name in checkpoint.tensors:
         module, _, last = name.rpartition(".")
         (members[module] if module in members and last.startswith("weight") else plain).append(name)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbits.config import QuantConfig
+from fewbits.decoded import complete
 from fewbits.errors import FewbitsError, MissingDependencyError
 from fewbits.evaluate import Evaluation, evaluate_many
-from fewbits.decoded import complete
 from fewbits.methods import Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod
 from fewbits.progress import Progress, Silent
 from fewbits.quantize import quantize

@@ -153,7 +153,8 @@ def _windows(reference: Path, text: str | Path, windows: int, length: int) -> to
             f"the text has {len(ids)} tokens; {windows} windows of {length} need {windows * length}.",
             f"give a longer text, or at most {len(ids) // length} windows of {length}",
         )
-    return ids[: windows * length].view(windows, length)
+    cut: torch.Tensor = ids[: windows * length].view(windows, length)
+    return cut
 
 
 def _check_tokenizers(reference: Path, candidates: Mapping[str, str | Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +15,7 @@ GroupSize = int | Literal["channel"]
 
 
 @dataclass(frozen=True)
-class QuantMethod:
+class QuantMethod(ABC):
     """What every method has in common.
 
     A method says which numbers are stored (`scheme`), what makes the weights easier beforehand (`transform`), and how
@@ -23,6 +25,15 @@ class QuantMethod:
     short_name: ClassVar[str]
     transform: ClassVar[str | None] = None
 
+    def __post_init__(self) -> None:
+        # NumPy's numbers become Python's, so that every method prints, compares and writes alike.
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, numbers.Integral) and not isinstance(value, int):
+                object.__setattr__(self, field.name, int(value))
+            elif isinstance(value, numbers.Real) and not isinstance(value, int | float):
+                object.__setattr__(self, field.name, float(value))
+
     @property
     def bits_per_weight(self) -> int:
         """Bits of one code; scales and zero points come on top (`fewbits.plan` counts them)."""
@@ -30,13 +41,14 @@ class QuantMethod:
 
     @property
     def compression_ratio(self) -> float:
-        """16 / bits: how much smaller than fp16 the codes are."""
+        """16 / bits: how much smaller than fp16 the codes are. Raises QuantizationError for an impossible method."""
+        self.validate()
         return 16 / self.bits_per_weight
 
     @property
+    @abstractmethod
     def scheme(self) -> Scheme:
         """The numbers that this method stores."""
-        raise NotImplementedError
 
     @property
     def solver_name(self) -> str:
@@ -48,17 +60,23 @@ class QuantMethod:
         """Whether the method looks at activations."""
         return self.transform is not None or self.solver_name != "rtn"
 
+    @abstractmethod
     def validate(self) -> None:
         """Raise QuantizationError if a field is impossible."""
 
 
+def _is_word(value: object, *words: str) -> bool:
+    # Type first: an array compares with a word element by element.
+    return isinstance(value, str) and value in words
+
+
 def _check_activations(name: str, activations: object) -> None:
-    if activations not in (None, "dynamic") or not isinstance(activations, str | None):
+    if activations is not None and not _is_word(activations, "dynamic"):
         raise QuantizationError(f'{name} activations must be "dynamic" or None, got {activations!r}')
 
 
 def _check_group_size(name: str, group_size: object) -> None:
-    if group_size == "channel":
+    if _is_word(group_size, "channel"):
         return
     if not isinstance(group_size, int) or isinstance(group_size, bool):
         raise QuantizationError(f'{name} group_size must be a whole number or "channel", got {group_size!r}')
@@ -67,7 +85,7 @@ def _check_group_size(name: str, group_size: object) -> None:
 
 
 def _check_solver(name: str, solver: object) -> None:
-    if solver not in ("rtn", "gptq"):
+    if not _is_word(solver, "rtn", "gptq"):
         raise QuantizationError(f'{name} solver must be "rtn" or "gptq", got {solver!r}')
 
 
@@ -177,7 +195,7 @@ class SmoothQuant(QuantMethod):
         return Scheme("int", 8, symmetric=True, activations="dynamic")
 
     def validate(self) -> None:
-        if self.alpha == "auto":
+        if _is_word(self.alpha, "auto"):
             return
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float):
             raise QuantizationError(f'SmoothQuant alpha must be a number in [0.0, 1.0] or "auto", got {self.alpha!r}')
@@ -185,7 +203,8 @@ class SmoothQuant(QuantMethod):
             raise QuantizationError(f"SmoothQuant alpha must be in [0.0, 1.0], got {self.alpha}")
 
     def __str__(self) -> str:
-        return f"SmoothQuant(α={self.alpha})" if isinstance(self.alpha, str) else f"SmoothQuant(α={self.alpha:.2f})"
+        alpha = f"{self.alpha:.2f}" if isinstance(self.alpha, int | float) else self.alpha
+        return f"SmoothQuant(α={alpha})"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from fewbits.schemes import Scheme
 
 CHUNK_BYTES = 4 * 2**20
 FP8_MAX = 448.0
+# Losses of this many weights are added one by one, then such sums one by one: an order that kernels can keep.
+SUMMED = 8
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def _by_chunks(weight: torch.Tensor, round_chunk: RoundChunk) -> Rounded:
         squared_norm += chunk.double().square().sum(1).sum().item()
     codes = torch.cat([part[0] for part in parts])
     scales = torch.cat([part[1] for part in parts])
-    zeros = [part[2] for part in parts if part[2] is not None]
-    return Rounded(codes, scales, torch.cat(zeros) if zeros else None, squared_error, squared_norm, nonfinite)
+    all_zeros = [zeros for _, _, zeros in parts if zeros is not None]
+    return Rounded(codes, scales, torch.cat(all_zeros) if all_zeros else None, squared_error, squared_norm, nonfinite)
 
 
 def round_channel_int8(weight: torch.Tensor, scale_dtype: torch.dtype) -> Rounded:
@@ -126,61 +128,93 @@ def round_groups(
         weight: [R, K]. scheme: an int scheme; group_size 0 is one group a row.
         importance: fp32 [K], weight of each input's error; all ones if None.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     groups = scheme.groups(columns)
-    weights = None if importance is None else importance.float().view(1, groups, -1)
 
     def chunk_codes(
         chunk: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        scales, zeros = best_grid(chunk, scheme, scale_dtype, search, importance)
+        wide, offset = scales.float()[:, :, None], zeros.float()[:, :, None]
         grouped = chunk.view(chunk.shape[0], groups, -1)
-        codes, scales, zeros = best_grid(grouped, scheme, scale_dtype, search, weights)
-        offset = scheme.midpoint if zeros is None else zeros[:, :, None]
-        decoded = (codes - offset) * scales.float()[:, :, None]
-        stored_zeros = None if zeros is None else zeros.to(torch.uint8)
-        return codes.to(torch.uint8).view(chunk.shape), scales, stored_zeros, decoded.view(chunk.shape)
+        codes = ((grouped * (1 / wide)).round_() + offset).clamp_(0, scheme.largest_code)
+        decoded = ((codes - offset) * wide).view(chunk.shape)
+        return codes.to(torch.uint8).view(chunk.shape), scales, None if scheme.symmetric else zeros, decoded
 
     return _by_chunks(weight, chunk_codes)
 
 
 def best_grid(
-    grouped: torch.Tensor,
+    weight: torch.Tensor,
     scheme: Scheme,
     scale_dtype: torch.dtype,
-    search: Search,
+    search: Search = MINMAX,
     importance: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The candidate grid of least error for each group.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The candidate grid of least weighted error for each group of fp32 rows [R, K].
+
+    Losses are summed in one order (see SUMMED), so that the compiled search chooses the same grids.
 
     Args:
-        grouped: fp32 [R, G, g]. importance: fp32, broadcasts against `grouped`.
+        importance: fp32 [K]; all ones if None.
 
     Returns:
-        Codes fp32 [R, G, g] unsigned, scales [R, G] in `scale_dtype`, zero points fp32 [R, G] (None if symmetric).
+        Scales [R, G] in `scale_dtype`, and zero points uint8 [R, G] (the middle code if symmetric).
     """
-    low = grouped.amin(2).clamp_max(0)
-    high = grouped.amax(2).clamp_min(0)
+    rows, columns = weight.shape
+    groups = scheme.groups(columns)
+    grouped = _steps(weight.to(torch.float32).reshape(rows * groups, -1))
+    shares = None
+    if importance is not None:
+        shares = _steps(importance.to(torch.float32).view(groups, -1)).repeat(1, 1, rows)
+    flat = grouped.view(-1, rows * groups)
+    low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
     best_loss: torch.Tensor | None = None
+    back = 1 / stored_scale(_covering(low, high, scheme)[0], scale_dtype).float()
     for factor in search.factors():
         for scales, zeros in _candidates(low, high, factor, scheme, scale_dtype):
-            wide = scales.float()[:, :, None]
-            offset = zeros[:, :, None]
-            codes = ((grouped * (1 / wide)).round_() + offset).clamp_(0, scheme.largest_code)
-            error = (codes - offset) * wide - grouped
-            powered = error.square() if search.power == 2 else error.abs().pow_(search.power)
-            loss = (powered if importance is None else powered * importance).sum(2)
+            wide = scales.float()
+            u = grouped * (1 / wide)
+            miss = (u - u.round().clamp_(-zeros, scheme.largest_code - zeros)).square_()
+            miss = miss.square_() if search.power == 4 else miss
+            relative = (wide * back).square()
+            relative = relative.square() if search.power == 4 else relative
+            loss = _summed(miss if shares is None else miss.mul_(shares)) * relative
             if best_loss is None:
-                best_loss, best = loss, (codes, scales, zeros)
+                best_loss, best_scales, best_zeros = loss, scales, zeros
                 continue
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
-            best = (
-                torch.where(better[:, :, None], codes, best[0]),
-                torch.where(better, scales, best[1]),
-                torch.where(better, zeros, best[2]),
-            )
-    codes, scales, zeros = best
-    return codes, scales, None if scheme.symmetric else zeros
+            best_scales = torch.where(better, scales, best_scales)
+            best_zeros = torch.where(better, zeros, best_zeros)
+    return best_scales.view(rows, groups), best_zeros.to(torch.uint8).view(rows, groups)
+
+
+def _steps(grouped: torch.Tensor) -> torch.Tensor:
+    """Groups [n, g] as columns in steps of SUMMED weights: [ceil(g / SUMMED), SUMMED, n], padded with zeros."""
+    count, size = grouped.shape
+    steps = torch.zeros((-(-size // SUMMED) * SUMMED, count))
+    steps[:size] = grouped.T
+    return steps.view(-1, SUMMED, count)
+
+
+def _summed(steps: torch.Tensor) -> torch.Tensor:
+    """Sum of each column: the weights of a step one by one, then the steps one by one."""
+    within = steps[:, 0].clone()
+    for index in range(1, SUMMED):
+        within += steps[:, index]
+    total = within[0].clone()
+    for step in within[1:]:
+        total += step
+    return total
+
+
+def _covering(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 scales whose grids just cover the range: with all levels, and symmetric with a positive scale."""
+    if not scheme.symmetric:
+        return (high - low) / scheme.largest_code, high
+    extreme = torch.maximum(high, -low)
+    return extreme / scheme.midpoint, extreme / max(scheme.midpoint - 1, 1)
 
 
 def _candidates(
@@ -188,14 +222,13 @@ def _candidates(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Grids for `factor` times the range: asymmetric one, symmetric one for each sign of the scale."""
     shrink = torch.tensor(factor, dtype=torch.float32)
+    wide, narrow = _covering(low, high, scheme)
+    scales = stored_scale(wide * shrink, scale_dtype)
     if not scheme.symmetric:
-        scales = stored_scale((high - low) * shrink / scheme.largest_code, scale_dtype)
-        yield scales, (-(low * shrink) / scales.float()).round_().clamp_(0, scheme.largest_code)
+        yield scales, (-(low * shrink) * (1 / scales.float())).round_().clamp_(0, scheme.largest_code)
         return
     middle = torch.full_like(low, float(scheme.midpoint))
-    extreme = torch.where(high > -low, high, low)
     # The group's extreme goes to code 0, on whichever side it lies: all 2^bits levels serve.
-    magnitude = stored_scale(extreme.abs() * shrink / scheme.midpoint, scale_dtype)
-    yield torch.where(extreme > 0, -magnitude, magnitude), middle
+    yield torch.where(high > -low, -scales, scales), middle
     if scheme.bits > 1:
-        yield stored_scale(extreme.abs() * shrink / (scheme.midpoint - 1), scale_dtype), middle
+        yield stored_scale(narrow * shrink, scale_dtype), middle

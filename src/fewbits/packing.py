@@ -80,9 +80,7 @@ def unpack_columns(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
     return unpack_rows(words.t().contiguous(), bits, rows).t().contiguous()
 
 
-def seal(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, method: QuantMethod
-) -> QuantizedWeight:
+def seal(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, method: QuantMethod) -> QuantizedWeight:
     """Put a solver's codes into the form that kernels run on and formats write.
 
     Args:
@@ -131,9 +129,7 @@ def decode(weight: QuantizedWeight) -> torch.Tensor:
     return decode_codes(codes, scales, zeros, weight.method.scheme)
 
 
-def decode_codes(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
+def decode_codes(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
     """W = (code − zero) · scale in fp32 from a solver's codes."""
     rows, columns = codes.shape
     values = codes.to(torch.float32).view(rows, scales.shape[1], -1)

@@ -1,4 +1,4 @@
-"""Quantize: a Hugging Face checkpoint in, a quantized checkpoint out, written beside its final name until it is whole."""
+"""Quantize: a Hugging Face checkpoint in, a quantized one out, written beside its final name until it is whole."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ class _Run:
         calibrated = {work.number for work in blocks.values()}
         streamed = [work for work in remaining if work.number not in calibrated]
         if streamed:
-            self.progress.begin("quantizing", sum(entry.nbytes for work in streamed for entry, _ in work.sources), "bytes")
+            self.progress.begin(
+                "quantizing", sum(entry.nbytes for work in streamed for entry, _ in work.sources), "bytes"
+            )
             Conversion(self.plan, self._open, self._record, self.progress, self.allow_nonfinite).run(streamed)
             self.progress.end()
         if self.calibration is not None:

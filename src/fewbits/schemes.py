@@ -29,12 +29,12 @@ class Scheme:
     @property
     def largest_code(self) -> int:
         """The largest unsigned code: 15 at 4 bits."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def midpoint(self) -> int:
         """The unsigned code that stands for zero in a symmetric scheme: 8 at 4 bits."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def groups(self, in_features: int) -> int:
         """Scales in one row of a weight with `in_features` inputs."""
@@ -45,9 +45,6 @@ class Scheme:
         return self.group_size == 0 or in_features % self.group_size == 0
 
     def __str__(self) -> str:
-        if self.kind == "float":
-            name = "fp8"
-        else:
-            name = f"int{self.bits}" + ("" if self.symmetric else " asymmetric")
+        name = "fp8" if self.kind == "float" else f"int{self.bits}" + ("" if self.symmetric else " asymmetric")
         span = "per channel" if self.group_size == 0 else f"group {self.group_size}"
         return f"{name} {span}" + (", dynamic activations" if self.activations else "")

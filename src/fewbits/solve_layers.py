@@ -55,7 +55,9 @@ def solve_group(
             solved[layer.name] = _rounded(planned[layer.name], weights[index])
     for members in stacks.values():
         assert statistics is not None
-        solved |= _solved_together([layers[i] for i in members], [weights[i] for i in members], statistics, planned, notes)
+        solved |= _solved_together(
+            [layers[i] for i in members], [weights[i] for i in members], statistics, planned, notes
+        )
     return solved
 
 

@@ -1,4 +1,7 @@
-"""The two containers of quantized numbers: a flat tensor (building blocks) and a linear's weight (models)."""
+"""The two containers of quantized numbers: a flat tensor (building blocks) and a linear's weight (models).
+
+They compare by identity: comparing tensors has no single answer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from fewbits.methods import QuantMethod
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """Numbers quantized as one flat run.
 
@@ -42,7 +45,7 @@ class QuantizedTensor:
         return self.fp16_size_bytes / self.size_bytes if self.size_bytes else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A linear's weight [out, in] in the form that kernels run on and formats write.
 

@@ -19,7 +19,9 @@ LANES = 64
 
 
 @njit(parallel=True, fastmath={"contract"}, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _sweep(block: Any, factor: Any, inverses: Any, scales: Any, zeros: Any, top_code: Any, codes: Any, errors: Any) -> None:
+def _sweep(
+    block: Any, factor: Any, inverses: Any, scales: Any, zeros: Any, top_code: Any, codes: Any, errors: Any
+) -> None:
     columns, rows = block.shape
     runs = (rows + LANES - 1) // LANES
     for run in prange(runs):

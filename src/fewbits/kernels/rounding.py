@@ -26,10 +26,13 @@ def round_rows(weight: torch.Tensor, scheme: Scheme, search: Search, *, compiled
         compiled: False forces the portable form.
     """
     compiled = compiled and WHY_NOT_COMPILED is None and weight.device.type == "cpu"
+    by_channel = channels if compiled else numerics
     if scheme.kind == "float":
-        return (channels if compiled else numerics).round_channel_fp8(weight, weight.dtype)
+        rounded: Rounded = by_channel.round_channel_fp8(weight, weight.dtype)
+        return rounded
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == 0:
-        return (channels if compiled else numerics).round_channel_int8(weight, weight.dtype)
+        rounded = by_channel.round_channel_int8(weight, weight.dtype)
+        return rounded
     if compiled:
         return groups.round_groups(weight, scheme, weight.dtype, search, packed=scheme.bits < 8)
     rounded = numerics.round_groups(weight, scheme, weight.dtype, search)

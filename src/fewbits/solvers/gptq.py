@@ -25,6 +25,9 @@ from fewbits.solvers.solution import Solution
 BLOCK = 128
 
 
+DEFAULT_SEARCH = Search(steps=31, narrowest=0.8, power=2)
+
+
 @dataclass(frozen=True)
 class GptqOptions:
     """What may be varied; docs/methods/gptq.md has each choice measured.
@@ -35,7 +38,7 @@ class GptqOptions:
 
     ordered: bool = True
     refit: bool = True
-    search: Search = Search(steps=31, narrowest=0.8, power=2)
+    search: Search = DEFAULT_SEARCH
     damping: float = DAMPING
 
 
@@ -93,7 +96,9 @@ def _sweep(
     scales = torch.empty(N, K // group, dtype=scale_dtype)
     zeros = torch.empty(N, K // group, dtype=torch.uint8)
     importance = diagonal[order]
-    fixed = None if options.refit and scheme.group_size else search_grid(W, scheme, scale_dtype, options.search, diagonal)
+    fixed = (
+        None if options.refit and scheme.group_size else search_grid(W, scheme, scale_dtype, options.search, diagonal)
+    )
     # A channel-wide scale is known beforehand; its columns are swept in blocks all the same.
     step = group if scheme.group_size else BLOCK
     for start in range(0, K, step):

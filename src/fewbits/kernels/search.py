@@ -1,0 +1,229 @@
+"""The compiled scale search: for each group of weights, the grid of least weighted error among shrunken ranges.
+
+Groups are independent, so 64 of them are turned into columns and searched side by side: each step is the same for all,
+no sum crosses a vector, and the order of additions (eight weights of a group, then the next eight) is the same on
+every processor and in `numerics.best_grid`, to the bit. Bound by arithmetic: seven operations a weight and candidate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from fewbits.kernels.compiling import as_bits, as_float, as_numpy, rounding_of, use_torch_threads
+from fewbits.numerics import MINMAX, SUMMED, Search
+from fewbits.schemes import Scheme
+
+LANES = 64
+COUNT = np.uint64(LANES)
+# What is known of each group, one row of LANES numbers each; offsets in one array, which the compiler can tell apart.
+LOWEST, HIGHEST, WIDE, NARROW, BACK, SCALE, ZERO, INVERSE, LOW, HIGH, LOSS, BEST, BEST_SCALE, BEST_ZERO = (
+    np.uint64(row * LANES) for row in range(14)
+)
+LANE_ROWS = 14
+ZERO_POINT = np.float32(0.0)
+ONE = np.float32(1.0)
+
+lane_loop = njit(nogil=True, error_model="numpy")
+
+
+@lane_loop  # type: ignore[untyped-decorator]
+def _fill(tile: Any, words: Any, pairs: Any, first: Any, count: Any, size: Any) -> None:
+    """Weights of groups first, first + 1 … as columns of `tile`; two bf16 come in one word."""
+    width = size // 2 if pairs else size
+    stage = tile[(size - width) * LANES :].view(np.uint32)
+    for top in range(0, width - width % SUMMED, SUMMED):
+        for lane in range(count):
+            start = (first + lane) * width + top
+            for k in range(SUMMED):
+                stage[(top + k) * LANES + lane] = words[start + k]
+    for k in range(width - width % SUMMED, width):
+        for lane in range(count):
+            stage[k * LANES + lane] = words[(first + lane) * width + k]
+    for k in range(width if pairs else 0):
+        pair = stage[k * LANES : (k + 1) * LANES]
+        even = tile[2 * k * LANES : (2 * k + 1) * LANES]
+        odd = tile[(2 * k + 1) * LANES : (2 * k + 2) * LANES]
+        for lane in range(COUNT):
+            word = pair[lane]
+            even[lane] = as_float(np.uint32(word << np.uint32(16)))
+            odd[lane] = as_float(np.uint32(word & np.uint32(0xFFFF0000)))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _stored(scale: Any, smallest: Any, largest: Any, shift: Any) -> Any:
+    """`numerics.stored_scale` without a branch: clamped, rounded half to even, 1 for 0."""
+    clamped = smallest if scale < smallest else scale
+    clamped = largest if clamped > largest else clamped
+    bits = as_bits(clamped)
+    odd = np.uint32(np.uint32(bits >> shift) & np.uint32(1))
+    half = np.uint32(np.uint32(np.uint32(1) << shift) >> np.uint32(1))
+    rounded = np.uint32(bits + np.uint32(half - np.uint32(1)) + odd) if shift > 0 else bits
+    stored = as_float(np.uint32(np.uint32(rounded >> shift) << shift))
+    return ONE if scale == ZERO_POINT else stored
+
+
+@lane_loop  # type: ignore[untyped-decorator]
+def _ranges(tile: Any, lanes: Any, symmetric: Any, top_code: Any, smallest: Any, largest: Any, shift: Any) -> None:
+    """Least and largest weight of each group, zero included, and the scales that just cover them."""
+    for lane in range(COUNT):
+        lanes[LOWEST + lane] = ZERO_POINT
+        lanes[HIGHEST + lane] = ZERO_POINT
+    for top in range(0, tile.size, SUMMED * LANES):
+        block = tile[top : top + SUMMED * LANES]
+        for lane in range(LANES):
+            low, high = lanes[LOWEST + lane], lanes[HIGHEST + lane]
+            for k in range(SUMMED):
+                x = block[k * LANES + lane]
+                low = x if x < low else low
+                high = x if x > high else high
+            lanes[LOWEST + lane] = low
+            lanes[HIGHEST + lane] = high
+    middle = (top_code + ONE) / np.float32(2.0)
+    for lane in range(COUNT):
+        low, high = lanes[LOWEST + lane], lanes[HIGHEST + lane]
+        extreme = high if high > -low else -low
+        wide = extreme / middle if symmetric else (high - low) / top_code
+        lanes[WIDE + lane] = wide
+        lanes[NARROW + lane] = extreme / (middle - ONE) if middle > ONE else wide
+        lanes[BACK + lane] = ONE / _stored(wide, smallest, largest, shift)
+
+
+@lane_loop  # type: ignore[untyped-decorator]
+def _asymmetric(lanes: Any, factor: Any, top_code: Any, smallest: Any, largest: Any, shift: Any) -> None:
+    for lane in range(COUNT):
+        scale = _stored(lanes[WIDE + lane] * factor, smallest, largest, shift)
+        inverse = ONE / scale
+        zero = np.rint(-(lanes[LOWEST + lane] * factor) * inverse)
+        zero = ZERO_POINT if zero < ZERO_POINT else zero
+        zero = top_code if zero > top_code else zero
+        lanes[SCALE + lane] = scale
+        lanes[ZERO + lane] = zero
+        lanes[INVERSE + lane] = inverse
+        lanes[LOW + lane] = -zero
+        lanes[HIGH + lane] = top_code - zero
+
+
+@lane_loop  # type: ignore[untyped-decorator]
+def _symmetric(
+    lanes: Any, extreme_first: Any, factor: Any, top_code: Any, smallest: Any, largest: Any, shift: Any
+) -> None:
+    """The extreme goes to code 0, with whatever sign that asks for; or else the scale is positive and narrower."""
+    middle = (top_code + ONE) / np.float32(2.0)
+    for lane in range(COUNT):
+        wide, narrow = lanes[WIDE + lane], lanes[NARROW + lane]
+        low, high = lanes[LOWEST + lane], lanes[HIGHEST + lane]
+        scale = _stored((wide if extreme_first else narrow) * factor, smallest, largest, shift)
+        negative = extreme_first and high > -low
+        scale = -scale if negative else scale
+        lanes[SCALE + lane] = scale
+        lanes[ZERO + lane] = middle
+        lanes[INVERSE + lane] = ONE / scale
+        lanes[LOW + lane] = -middle
+        lanes[HIGH + lane] = top_code - middle
+
+
+@lane_loop  # type: ignore[untyped-decorator]
+def _losses(tile: Any, power: Any, weights: Any, weighted: Any, lanes: Any) -> None:
+    """Σ weightₖ |x/s − code|^power of each group, in units of its scale."""
+    for lane in range(COUNT):
+        lanes[LOSS + lane] = ZERO_POINT
+    for top in range(0, tile.size, SUMMED * LANES):
+        block = tile[top : top + SUMMED * LANES]
+        shares = weights[top : top + SUMMED * LANES]
+        for lane in range(LANES):
+            loss = ZERO_POINT
+            for k in range(SUMMED):
+                u = block[k * LANES + lane] * lanes[INVERSE + lane]
+                code = np.rint(u)
+                code = lanes[LOW + lane] if code < lanes[LOW + lane] else code
+                code = lanes[HIGH + lane] if code > lanes[HIGH + lane] else code
+                miss = (u - code) * (u - code)
+                if power == 4:
+                    miss = miss * miss
+                if weighted:
+                    miss = miss * shares[k * LANES + lane]
+                loss += miss
+            lanes[LOSS + lane] += loss
+
+
+@lane_loop  # type: ignore[untyped-decorator]
+def _keep_better(lanes: Any, power: Any, is_first: Any) -> None:
+    for lane in range(COUNT):
+        best, best_scale, best_zero = lanes[BEST + lane], lanes[BEST_SCALE + lane], lanes[BEST_ZERO + lane]
+        scale, zero = lanes[SCALE + lane], lanes[ZERO + lane]
+        relative = scale * lanes[BACK + lane]
+        relative = relative * relative
+        relative = relative * relative if power == 4 else relative
+        loss = lanes[LOSS + lane] * relative
+        better = is_first or loss < best
+        lanes[BEST + lane] = loss if better else best
+        lanes[BEST_SCALE + lane] = scale if better else best_scale
+        lanes[BEST_ZERO + lane] = zero if better else best_zero
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _search(
+    words: Any, pairs: Any, size: Any, symmetric: Any, top_code: Any, factors: Any, power: Any, weights: Any,
+    scales: Any, zeros: Any, dropped: Any, smallest: Any, largest: Any,
+) -> None:  # fmt: skip
+    shift = np.uint32(dropped)
+    padded = (size + SUMMED - 1) // SUMMED * SUMMED
+    for item in prange((scales.size + LANES - 1) // LANES):
+        first = item * LANES
+        count = min(LANES, scales.size - first)
+        tile = np.empty(padded * LANES, np.float32)
+        if count < LANES or padded > size:
+            tile[:] = ZERO_POINT
+        _fill(tile, words, pairs, first, count, size)
+        shares = tile
+        if weights.size > 0:
+            shares = np.zeros(padded * LANES, np.float32)
+            for lane in range(count):
+                start = (first + lane) * size % weights.size
+                for k in range(size):
+                    shares[k * LANES + lane] = weights[start + k]
+        lanes = np.zeros(LANE_ROWS * LANES, np.float32)
+        _ranges(tile, lanes, symmetric, top_code, smallest, largest, shift)
+        for step in range(factors.size):
+            if symmetric:
+                _symmetric(lanes, True, factors[step], top_code, smallest, largest, shift)
+            else:
+                _asymmetric(lanes, factors[step], top_code, smallest, largest, shift)
+            _losses(tile, power, shares, weights.size > 0, lanes)
+            _keep_better(lanes, power, step == 0)
+            if symmetric and top_code > ONE:
+                _symmetric(lanes, False, factors[step], top_code, smallest, largest, shift)
+                _losses(tile, power, shares, weights.size > 0, lanes)
+                _keep_better(lanes, power, False)
+        for lane in range(count):
+            scales[first + lane] = lanes[BEST_SCALE + np.uint64(lane)]
+            zeros[first + lane] = np.uint8(np.int32(lanes[BEST_ZERO + np.uint64(lane)]))
+
+
+def best_grid(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    search: Search = MINMAX,
+    importance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`numerics.best_grid`, compiled: scales [R, G] in `scale_dtype`, zero points uint8 [R, G]."""
+    use_torch_threads()
+    rows, columns = weight.shape
+    size = scheme.group_size or columns
+    weight = weight.contiguous()
+    pairs = weight.dtype == torch.bfloat16 and size % 2 == 0 and weight.data_ptr() % 4 == 0
+    words = as_numpy(weight if pairs else weight.to(torch.float32)).reshape(-1).view(np.uint32)
+    scales = np.empty(rows * (columns // size), np.float32)
+    zeros = np.empty(scales.size, np.uint8)
+    weights = np.empty(0, np.float32) if importance is None else importance.to(torch.float32).contiguous().numpy()
+    _search(
+        words, pairs, size, scheme.symmetric, np.float32(scheme.largest_code), np.array(search.factors(), np.float32),
+        search.power, weights, scales, zeros, *rounding_of(scale_dtype),
+    )  # fmt: skip
+    shape = (rows, columns // size)
+    return torch.from_numpy(scales).view(shape).to(scale_dtype), torch.from_numpy(zeros).view(shape)
