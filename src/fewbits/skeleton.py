@@ -53,6 +53,7 @@ class Skeleton:
         self._reader = reader
         prefix, self.blocks = find_blocks(model)
         self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
+        self._decoder_name = _model_around(model, prefix)
         self._recipes = _recipes(model, checkpoint.tensors)
         self._keep_fp32 = _kept_in_fp32(model)
         self._owners: dict[int | None, dict[str, Recipe]] = {}
@@ -63,8 +64,8 @@ class Skeleton:
 
     @property
     def decoder(self) -> nn.Module:
-        """The model without its head."""
-        return getattr(self.model, getattr(self.model, "base_model_prefix", "") or "_", self.model)
+        """The model without its head: the innermost model around the blocks."""
+        return self.model.get_submodule(self._decoder_name)
 
     def read(self, tensor: str) -> torch.Tensor:
         """A tensor as it lies in the files."""
@@ -76,8 +77,7 @@ class Skeleton:
             module, prefix = self.model, ""
         else:
             module = self.decoder
-            prefix = next(name for name, child in self.model.named_modules() if child is module)
-            prefix += "." if prefix else ""
+            prefix = self._decoder_name + "." if self._decoder_name else ""
         self._install({name: recipe for name, recipe in self._owners.get(None, {}).items() if name.startswith(prefix)})
         if head:
             cast(Any, self.model).tie_weights()
@@ -89,6 +89,40 @@ class Skeleton:
         ]
         if missing:
             raise _missing(missing)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden states."""
+        config = cast(Any, self.model).config.get_text_config()
+        return int(config.hidden_size) * next(self.model.parameters()).element_size()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a token has."""
+        return int(cast(Any, self.model).config.get_text_config().vocab_size)
+
+    def head(self, hidden: torch.Tensor, output_type: type) -> torch.Tensor:
+        """Logits of last hidden states [batch, length, width], by the model's own way of making them.
+
+        Args:
+            output_type: what the decoder returns them in.
+        """
+        # The model runs with a decoder that has its answer ready; so what it does to logits (soft caps) is done.
+        decoder = self.decoder
+        decoder.forward = lambda *args, **kwargs: output_type(last_hidden_state=hidden)
+        try:
+            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64)
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits
+        finally:
+            del decoder.forward
+
+    def release_rest(self) -> None:
+        """Drop everything outside the blocks."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                _drop(module)
 
     def release_embeddings(self) -> None:
         """Drop the tables of embeddings, which nothing needs again once the first block was reached."""
@@ -211,6 +245,15 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
             f"{type(model).__name__} has no list of blocks to stream.", "use a method without calibration, such as int4"
         )
     return best, list(model.get_submodule(best).children())
+
+
+def _model_around(model: nn.Module, name: str) -> str:
+    """Name of the innermost model (it has a config and can be called with token ids) that holds the named module."""
+    while name:
+        name = name.rpartition(".")[0]
+        if hasattr(model.get_submodule(name), "config"):
+            return name
+    return ""
 
 
 def build_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:

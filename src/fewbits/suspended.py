@@ -31,7 +31,8 @@ class MicroBatch:
     """Some consecutive samples and where their forward stands.
 
     waiting: what it is suspended at; None before the start and after the end. arguments: those of the block it waits
-    for. output: what the last block returned. result: the decoder's last hidden state, once it ended.
+    for. output: what the last block returned. result: the decoder's last hidden states, once it ended, and what it
+    returned them in.
     """
 
     index: int
@@ -42,6 +43,7 @@ class MicroBatch:
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     output: Any = None
     result: torch.Tensor | None = None
+    result_type: type = tuple
 
     @property
     def tokens(self) -> slice:
@@ -140,16 +142,20 @@ class SuspendedForward:
     def waiting_at(self, block: int) -> None:
         """Check that all wait in front of the block."""
         for micro_batch in self.micro_batches:
-            if micro_batch.waiting != BlockEntry(block):
-                raise CalibrationError(
-                    f"{type(self.skeleton.model).__name__} does not call its blocks one after the other: expected "
-                    f"{self.skeleton.block_names[block]}, found {_place(micro_batch.waiting)}.",
-                    "use a method without calibration, such as int4",
-                )
+            self.check_waiting(micro_batch, block)
+
+    def check_waiting(self, micro_batch: MicroBatch, block: int) -> None:
+        """Check that one waits in front of the block."""
+        if micro_batch.waiting != BlockEntry(block):
+            raise CalibrationError(
+                f"{type(self.skeleton.model).__name__} does not call its blocks one after the other: expected "
+                f"{self.skeleton.block_names[block]}, found {_place(micro_batch.waiting)}.",
+                "use a method without calibration, such as int4",
+            )
 
     def _forward(self, micro_batch: MicroBatch) -> None:
         result = self.skeleton.decoder(input_ids=micro_batch.ids, use_cache=False)
-        micro_batch.result = result[0]
+        micro_batch.result, micro_batch.result_type = result[0], type(result)
 
     def _wrapped(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -186,6 +192,14 @@ class SuspendedForward:
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in what a block returned."""
     return _first_tensor(output if isinstance(output, tuple | list) else (output,))
+
+
+def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """What a block returned, with other hidden states in it."""
+    if isinstance(output, torch.Tensor):
+        return hidden
+    first = next(place for place, item in enumerate(output) if isinstance(item, torch.Tensor))
+    return (*output[:first], hidden, *output[first + 1 :])
 
 
 def structure_of(output: Any) -> str | None:

@@ -1,0 +1,262 @@
+"""Importance: how much the loss cares about each linear's output at each token.
+
+One forward and one backward of the original model, streamed block by block. Labels are drawn from the model's own
+predictions, so the mean square of the gradient at a linear's output estimates the Fisher information there: a small
+error e of the output costs about wₜ‖e‖² of KL divergence, wₜ the mean square of the gradient at token t.
+Source: GuidedQuant, arXiv 2505.07004. Differs from it: one group of outputs, sampled labels, capped weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fewbits.block_inputs import BlockInputs
+from fewbits.errors import CalibrationError
+from fewbits.layers import LinearLayer
+from fewbits.skeleton import Part, Skeleton
+from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
+from fewbits.watching import Slot, watch
+
+# Logits computed at a time: 64 MB of fp32.
+LOGITS = 1 << 24
+MEMORY_LIMIT = 1 << 30
+# Called with a stage's name and how many of how many blocks are done.
+Watcher = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """One number per linear and token: the mean square of the loss's gradient at its output.
+
+    weights: by layer name, fp32 [tokens], sample after sample; experts, which see a choice of the tokens, have none.
+    loss: mean negative log-probability of the drawn labels, an entropy estimate. elapsed_s: seconds by stage.
+    """
+
+    weights: dict[str, torch.Tensor]
+    loss: float
+    elapsed_s: dict[str, float] = field(default_factory=dict)
+
+
+def measure_importance(
+    skeleton: Skeleton,
+    ids: torch.Tensor,
+    layers: Sequence[LinearLayer],
+    *,
+    micro_batch: int,
+    seed: int = 0,
+    memory_limit: int = MEMORY_LIMIT,
+    folder: Path | None = None,
+    watcher: Watcher | None = None,
+) -> Importance:
+    """Measure the importance of every token to the given linears.
+
+    Args:
+        ids: token ids [samples, length]. micro_batch: samples run together.
+        seed: of the labels that are drawn.
+        memory_limit: bytes of hidden states in memory; past them they go to a file in `folder`, and where the disk is
+            too small for all, the inputs of some blocks are computed again.
+    """
+    with torch.no_grad():
+        run = _Run(skeleton, ids, layers, micro_batch, seed, watcher or (lambda stage, done, total: None))
+        nbytes = ids.numel() * skeleton.hidden_bytes
+        free = shutil.disk_usage(folder or tempfile.gettempdir()).free
+        with BlockInputs(len(skeleton.blocks), nbytes, memory_limit, free // 2, folder) as inputs:
+            return run.run(inputs)
+
+
+class _Run:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        ids: torch.Tensor,
+        layers: Sequence[LinearLayer],
+        micro_batch: int,
+        seed: int,
+        watcher: Watcher,
+    ) -> None:
+        self._skeleton, self._watcher = skeleton, watcher
+        self._forward = SuspendedForward(skeleton, ids, micro_batch, after_last_block=self._begin_tail)
+        self._layers = {layer.tensor: layer for layer in layers}
+        # One number a token, drawn beforehand, so that labels do not depend on how tokens are grouped.
+        self._draws = torch.rand(ids.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self._tails: dict[int, torch.Tensor] = {}
+        self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._gradients: list[torch.Tensor] = []
+        self._weights = {layer.name: torch.zeros(ids.numel()) for layer in layers}
+        self._loss = 0.0
+        self._tokens = ids.numel()
+
+    def run(self, inputs: BlockInputs) -> Importance:
+        began = time.perf_counter()
+        with self._forward:
+            self._run_forward(inputs)
+        forwarded = time.perf_counter()
+        self._run_backward(inputs)
+        measured = {name: weights for name, weights in self._weights.items() if bool((weights > 0).any())}
+        elapsed_s = {"forward": forwarded - began - self._head_s, "head": self._head_s}
+        elapsed_s["backward"] = time.perf_counter() - forwarded
+        return Importance(measured, self._loss / self._tokens, elapsed_s)
+
+    def _run_forward(self, inputs: BlockInputs) -> None:
+        self._skeleton.materialize_rest()
+        self._forward.start()
+        self._skeleton.release_embeddings()
+        last = len(self._skeleton.blocks) - 1
+        for index in range(last):
+            with self._skeleton.materialized(index):
+                for micro_batch in self._forward.micro_batches:
+                    self._note_entry(inputs, index, micro_batch)
+                    self._forward.resume(micro_batch)
+            self._watcher("forward", index + 1, last + 1)
+        self._head_s = 0.0
+        self._skeleton.materialize_rest(head=True)
+        with self._skeleton.materialized(last):
+            for micro_batch in self._forward.micro_batches:
+                self._note_entry(inputs, last, micro_batch)
+                # What requires no gradient leaves no graph, so only the tail behind the last block does.
+                with torch.enable_grad():
+                    self._forward.resume(micro_batch)
+                before = time.perf_counter()
+                self._gradients.append(self._through_head(micro_batch))
+                self._head_s += time.perf_counter() - before
+        self._skeleton.release_rest()
+        self._watcher("forward", last + 1, last + 1)
+
+    def _note_entry(self, inputs: BlockInputs, index: int, micro_batch: MicroBatch) -> None:
+        self._forward.check_waiting(micro_batch, index)
+        self._arguments[index, micro_batch.index] = _with_first_tensor(micro_batch.arguments, None)
+        if inputs.wants(index):
+            inputs.keep(index, micro_batch.index, micro_batch.hidden)
+
+    def _begin_tail(self, micro_batch: MicroBatch, output: Any) -> Any:
+        """Cut the graph behind the last block: what follows (a norm, as a rule) is differentiated down to here."""
+        tail = hidden_of(output).detach().requires_grad_()
+        self._tails[micro_batch.index] = tail
+        return with_hidden(output, tail)
+
+    def _through_head(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """The loss's gradient behind the last block."""
+        assert micro_batch.result is not None
+        result, micro_batch.result = micro_batch.result, None
+        rows = result.detach().flatten(0, -2)
+        gradient = torch.empty_like(rows)
+        chunk = max(1, LOGITS // self._skeleton.vocabulary)
+        for start in range(0, len(rows), chunk):
+            with torch.enable_grad():
+                hidden = rows[start : start + chunk].detach().requires_grad_()
+                logits = self._skeleton.head(hidden[None], micro_batch.result_type)[0]
+            first = micro_batch.first_token + start
+            pull = self._drawn_gradient(logits.detach(), self._draws[first : first + len(hidden)])
+            (gradient[start : start + chunk],) = torch.autograd.grad(logits, hidden, pull)
+        tail = self._tails.pop(micro_batch.index)
+        (behind,) = torch.autograd.grad(result, tail, gradient.view_as(result))
+        return behind
+
+    def _drawn_gradient(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Draw a label a row; the gradient of its negative log-probability is softmax − one-hot."""
+        probabilities = logits.float().softmax(-1)
+        cumulated = probabilities.cumsum(-1)
+        target = (draws * cumulated[:, -1].double()).float()[:, None]
+        labels = torch.searchsorted(cumulated, target).clamp_max_(logits.shape[-1] - 1)
+        drawn = probabilities.gather(-1, labels)
+        self._loss -= float(drawn.clamp_min(1e-30).log().double().sum())
+        probabilities.scatter_(-1, labels, drawn - 1)
+        return probabilities.to(logits.dtype)
+
+    def _run_backward(self, inputs: BlockInputs) -> None:
+        count = len(self._skeleton.blocks)
+        for index in reversed(range(count)):
+            if not inputs.has(index):
+                self._compute_again(inputs, index)
+            with self._skeleton.materialized(index) as block:
+                parts = self._parts(index)
+                for micro_batch in self._forward.micro_batches:
+                    hidden = inputs.take(index, micro_batch.index)
+                    arguments = self._arguments.pop((index, micro_batch.index))
+                    watch(block, _recorder(parts, self._weights, micro_batch))
+                    with torch.enable_grad():
+                        hidden = hidden.requires_grad_()
+                        args, kwargs = _with_first_tensor(arguments, hidden, placeholder=True)
+                        output = hidden_of(block(*args, **kwargs))
+                    number = micro_batch.index
+                    (self._gradients[number],) = torch.autograd.grad(output, hidden, self._gradients[number])
+                    self._check_finite(index, self._gradients[number])
+            self._watcher("backward", count - index, count)
+
+    def _compute_again(self, inputs: BlockInputs, index: int) -> None:
+        """Run forward from the nearest kept block, keeping what enters the blocks up to `index`."""
+        start = next(block for block in range(index, -1, -1) if inputs.has(block))
+        for block_index in range(start, index):
+            with self._skeleton.materialized(block_index) as block:
+                for micro_batch in self._forward.micro_batches:
+                    hidden = inputs.look(block_index, micro_batch.index)
+                    arguments = self._arguments[block_index, micro_batch.index]
+                    args, kwargs = _with_first_tensor(arguments, hidden, placeholder=True)
+                    inputs.keep(block_index + 1, micro_batch.index, hidden_of(block(*args, **kwargs)))
+
+    def _parts(self, index: int) -> dict[str, list[tuple[Part, str]]]:
+        """The wanted linears of a block by parameter; slices of experts aside."""
+        found: dict[str, list[tuple[Part, str]]] = {}
+        for parameter, parts in self._skeleton.parts(index).items():
+            for part in parts:
+                if part.tensor in self._layers and part.expert is None:
+                    found.setdefault(parameter, []).append((part, self._layers[part.tensor].name))
+        return found
+
+    def _check_finite(self, index: int, gradient: torch.Tensor) -> None:
+        if not bool(torch.isfinite(gradient).all()):
+            raise CalibrationError(
+                f"The loss's gradient in front of {self._skeleton.block_names[index]} has NaN or infinite values.",
+                "calibrate without it: --importance none",
+            )
+
+
+def _recorder(
+    parts: Mapping[str, list[tuple[Part, str]]], weights: dict[str, torch.Tensor], micro_batch: MicroBatch
+) -> Callable[[Slot, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]:
+    """A watcher that adds up the mean square of the gradient at each linear's output."""
+
+    def recorded(slot: Slot, inputs: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor:
+        output = product()
+        wanted = parts.get(slot.parameter, [])
+        rows = output.numel() // output.shape[-1]
+        if wanted and slot.expert is None and output.requires_grad and rows == micro_batch.ids.numel():
+
+            def record(gradient: torch.Tensor) -> None:
+                flat = gradient.reshape(rows, -1)
+                for part, name in wanted:
+                    columns = flat if slot.transposed else flat[:, part.start : part.stop]
+                    norm = torch.linalg.vector_norm(columns, dim=1, dtype=torch.float32)
+                    weights[name][micro_batch.tokens] += norm.square() / columns.shape[1]
+
+            cast(Any, output).register_hook(record)
+        return output
+
+    return recorded
+
+
+def _with_first_tensor(
+    arguments: tuple[tuple[Any, ...], dict[str, Any]], hidden: torch.Tensor | None, *, placeholder: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the hidden states taken out, or put back where they were taken out."""
+    args, kwargs = list(arguments[0]), dict(arguments[1])
+    for place, value in enumerate(args):
+        if value is _TAKEN_OUT if placeholder else isinstance(value, torch.Tensor):
+            args[place] = _TAKEN_OUT if hidden is None else hidden
+            return tuple(args), kwargs
+    for name, value in kwargs.items():
+        if value is _TAKEN_OUT if placeholder else isinstance(value, torch.Tensor):
+            kwargs[name] = _TAKEN_OUT if hidden is None else hidden
+            return tuple(args), kwargs
+    raise CalibrationError("A block is called without hidden states.")
+
+
+_TAKEN_OUT = object()
