@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fewbits.checkpoints.reader import Checkpoint, open_checkpoint
-from fewbits.config import QuantConfig, nearest
+from fewbits.config import QuantConfig
 from fewbits.engines import EngineSupport, PlannedScheme, engine_support
 from fewbits.errors import PlanError
 from fewbits.formats import FORMATS, Format
@@ -19,6 +19,7 @@ from fewbits.layers import LinearLayer, block_index, find_layers, fusion_groups
 from fewbits.layout import OutputTensor, Shard
 from fewbits.methods import QuantMethod
 from fewbits.notes import Note
+from fewbits.patterns import Overrides, nearest_layer
 
 COMMON_GROUP_SIZES = (32, 64, 128, 256)
 TILE_BYTES = 16 * 2**20
@@ -122,7 +123,8 @@ def plan(
     chosen_format = FORMATS[format]
     linears, notes = find_layers(checkpoint.headers, checkpoint.config)
     _refuse_unmatched(config, checkpoint, linears)
-    chosen = [_choose(layer, config, carry) for layer in linears]
+    overrides = config.overrides()
+    chosen = [_choose(layer, config, overrides, carry) for layer in linears]
     _refuse_impossible(chosen, chosen_format)
     layers = tuple(_with_outputs(layer, method, reason, checkpoint, chosen_format) for layer, method, reason in chosen)
     if not any(layer.method is not None for layer in layers):
@@ -150,8 +152,10 @@ def plan(
 Choice = tuple[LinearLayer, QuantMethod | None, str | None]
 
 
-def _choose(layer: LinearLayer, config: QuantConfig, carry: Sequence[str]) -> Choice:
-    named, method = config.override_for(layer.name)
+def _choose(
+    layer: LinearLayer, config: QuantConfig, overrides: Overrides[QuantMethod | None], carry: Sequence[str]
+) -> Choice:
+    named, method = overrides.find(layer.name, left_alone=layer.default_skip is not None)
     if layer.name in carry:
         return layer, None, "non-finite weights"
     if named:
@@ -178,7 +182,9 @@ def _refuse_unmatched(config: QuantConfig, checkpoint: Checkpoint, linears: list
             f"{checkpoint.path}: lm_head has no weight of its own: it is tied to the embeddings.",
             "remove it from per_layer; tied weights stay tied",
         )
-    raise PlanError(f"{checkpoint.path}: '{pattern}' in per_layer matches no linear layer.", nearest(pattern, names))
+    raise PlanError(
+        f"{checkpoint.path}: '{pattern}' in per_layer matches no linear layer.", nearest_layer(pattern, names)
+    )
 
 
 def _refuse_impossible(chosen: list[Choice], chosen_format: Format) -> None:
