@@ -56,6 +56,12 @@ class OutputError(FewbitsError):
     exit_status = 1
 
 
+class Interrupted(OutputError):
+    """The user stopped a run; what was finished is kept to go on from."""
+
+    exit_status = 130
+
+
 class VerificationError(FewbitsError):
     """A checkpoint does not hold what was recorded when it was written."""
 

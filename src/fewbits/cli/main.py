@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -12,7 +13,7 @@ from fewbits.cli.inspect import inspect
 from fewbits.cli.plan import plan
 from fewbits.cli.quantize import quantize
 from fewbits.cli.verify import verify
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, Interrupted
 
 app = typer.Typer(
     name="fewbits",
@@ -44,13 +45,21 @@ def main(
 
 def run() -> None:
     """Entry point. The user's mistakes exit with 2, failures with 1, Ctrl-C with 130; none shows a traceback."""
+    # A path or a figure broken in two cannot be copied; only a terminal's own width is a reason to wrap.
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "120")
     try:
         app()
     except FewbitsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{public_name(type(error))}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("Interrupted. Nothing was left under the final name.", file=sys.stderr)
-        sys.exit(130)
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(Interrupted.exit_status)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def public_name(kind: type[FewbitsError]) -> str:
+    """The name under which users know an error: that of the nearest class in `fewbits.errors`."""
+    return next(base.__name__ for base in kind.__mro__ if base.__module__ == FewbitsError.__module__)

@@ -9,12 +9,10 @@ import typer
 
 from fewbits.config import QuantConfig, method_from_spec
 from fewbits.errors import ConfigError
-from fewbits.methods import METHODS
+from fewbits.methods import METHODS, method_options
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face checkpoint (safetensors).")]
-Method = Annotated[
-    str | None, typer.Option("--method", "-m", metavar="NAME", help=f"One of {', '.join(METHODS)}.")
-]
+Method = Annotated[str | None, typer.Option("--method", "-m", metavar="NAME", help=f"One of {', '.join(METHODS)}.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Bits per weight, for gptq (default 4).")]
 GroupSize = Annotated[
     str | None,
@@ -26,6 +24,14 @@ WeightOnly = Annotated[bool, typer.Option("--weight-only", help="Leave activatio
 Recipe = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="A recipe: methods by layer, in TOML or JSON.")
 ]
+# What each field of a method is called on the command line.
+OPTION_OF = {
+    "bits": "--bits",
+    "group_size": "--group-size",
+    "symmetric": "--asymmetric",
+    "alpha": "--alpha",
+    "activations": "--weight-only",
+}
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 
@@ -54,16 +60,33 @@ def quant_config(
         options["activations"] = None
     if recipe is not None:
         if method is not None or options:
-            given = "--method" if method is not None else f"the option for {next(iter(options))}"
+            given = "--method" if method is not None else OPTION_OF[next(iter(options))]
             raise ConfigError(f"--config and {given} both choose methods.", "put everything into the recipe")
         return QuantConfig.from_file(recipe)
     if method is None:
         raise ConfigError(
             "no method given.", f"choose one: --method {' | '.join(METHODS)}, or give a recipe with --config"
         )
-    config = QuantConfig(method_from_spec({"name": method, **options}))
+    _refuse_foreign(method, options)
+    config = QuantConfig(method_from_spec({"name": method, **options}, where="--method"))
     config.validate()
     return config
+
+
+def _refuse_foreign(method: str, options: dict[str, Any]) -> None:
+    """Options that the method does not take, named as they were typed."""
+    method_class = METHODS.get(method.lower())
+    if method_class is None:
+        return
+    known = method_options(method_class)
+    for name in options:
+        if name not in known:
+            takers = [short for short, taker in METHODS.items() if name in method_options(taker)]
+            own = ", ".join(OPTION_OF[option] for option in known if option in OPTION_OF)
+            raise ConfigError(
+                f"{OPTION_OF[name]} is no option of {method}; it belongs to {', '.join(takers)}.",
+                f"{method} takes {own or 'no options'}",
+            )
 
 
 def _number_or_word(option: str, text: str, word: str, number: type[int] | type[float]) -> int | float | str:

@@ -23,6 +23,7 @@ from fewbits.cli.options import (
 )
 from fewbits.cli.units import bytes_text, seconds_text
 from fewbits.cli.watch import watcher
+from fewbits.errors import Interrupted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,18 +61,23 @@ def quantize(
     chosen = quant_config(
         method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
     )
-    report = run(
-        model,
-        out,
-        chosen,
-        calibration,
-        samples=samples,
-        length=length,
-        overwrite=overwrite,
-        allow_nonfinite=allow_nonfinite,
-        strict=strict,
-        progress=watcher(quiet=quiet or as_json),
-    )
+    try:
+        report = run(
+            model,
+            out,
+            chosen,
+            calibration,
+            samples=samples,
+            length=length,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            strict=strict,
+            progress=watcher(quiet=quiet or as_json),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{out}: not finished, so nothing stands under that name.", "the same command goes on where it stopped"
+        ) from None
     if as_json:
         print(json.dumps(report_dict(report)))
     elif not quiet:

@@ -66,7 +66,9 @@ def show(report: VerifyReport) -> None:
         console.print(f"[red]problem[/] {problem}", highlight=False)
     for unchecked in report.unchecked:
         console.print(f"[yellow]unchecked[/] {unchecked}", highlight=False)
-    checked = f"{report.tensors} tensors, {report.quantized_layers} quantized layers, {bytes_text(report.bytes_checked)}"
+    checked = (
+        f"{report.tensors} tensors, {report.quantized_layers} quantized layers, {bytes_text(report.bytes_checked)}"
+    )
     against = "" if report.against is None else f", errors equal to those recorded against {report.against}"
     if report.ok:
         console.print(f"[green]whole[/] {report.path}: {checked}{against}", highlight=False)
