@@ -43,6 +43,12 @@ def _range(group: Any) -> Any:
     return low, high
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _miss(x: Any, code: Any, scale: Any, inverse: Any) -> Any:
+    """x − x̂ in units of the scale. Compiled on its own: nothing may be fused with the product, which is rounded too."""
+    return (x - code * scale) * inverse
+
+
 @njit(fastmath=SUMS, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _write_codes(group: Any, codes: Any, scale: Any, zero: Any, top_code: Any) -> Any:
     """Codes of one group; returns Σ (x − x̂)² and Σ x²."""
@@ -55,7 +61,8 @@ def _write_codes(group: Any, codes: Any, scale: Any, zero: Any, top_code: Any) -
         code = low if code < low else code
         code = high if code > high else code
         codes[k] = np.uint8(np.int32(code + zero))
-        error += (u - code) * (u - code)
+        miss = _miss(group[k], code, scale, inverse)
+        error += miss * miss
         norm += u * u
     back = np.float64(1.0) / (np.float64(inverse) * np.float64(inverse))
     return np.float64(error) * back, np.float64(norm) * back
@@ -63,7 +70,8 @@ def _write_codes(group: Any, codes: Any, scale: Any, zero: Any, top_code: Any) -
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _pack(codes: Any, packed: Any, bits: Any) -> None:
-    """Little-endian fields into bytes. The codes are padded to a multiple of 8; `packed` starts as zeros."""
+    """Little-endian fields into bytes; what is left of the last word is zero. Codes are padded to a multiple of 8."""
+    packed[codes.size // 8 * bits :] = 0
     if bits == 8:
         packed[: codes.size] = codes[: packed.size]
     elif bits == 4:
