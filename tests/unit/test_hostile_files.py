@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from handmade import CONFIG, entry, file_bytes, make_checkpoint, make_folder, tiny_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -19,6 +18,7 @@ from safetensors.torch import save
 from fewbits.checkpoints.headers import read_weight_file
 from fewbits.checkpoints.reader import open_checkpoint
 from fewbits.errors import CheckpointError
+from handmade import CONFIG, entry, file_bytes, make_checkpoint, make_folder, tiny_tensors
 
 A = entry("F32", [2, 2], 0, 16)
 B = entry("F32", [2, 2], 16, 32)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import make_checkpoint, make_folder, tiny_tensors
 from safetensors.torch import load_file
 
 from fewbits.checkpoints.partial import PartialFolder
@@ -19,6 +18,7 @@ from fewbits.checkpoints.reader import open_checkpoint
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.errors import OutputError, PlanError
 from fewbits.layout import OutputTensor, Shard
+from handmade import make_checkpoint, make_folder, tiny_tensors
 
 FILE = "model.safetensors"
 

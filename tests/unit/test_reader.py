@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import CONFIG, make_checkpoint, make_folder, tiny_tensors
 from safetensors.torch import load_file, save_file
 
 from fewbits.checkpoints.reader import TensorReader, open_checkpoint
 from fewbits.errors import CheckpointError
+from handmade import CONFIG, make_checkpoint, make_folder, tiny_tensors
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import tiny_tensors
 from safetensors.torch import load_file, save
 
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.errors import OutputError
 from fewbits.layout import STORED_TYPES, OutputTensor, Shard, stored_dtype
+from handmade import tiny_tensors
 
 FILE = "model.safetensors"
 
