@@ -1,22 +1,19 @@
 """Building blocks on plain arrays: quantize and dequantize a run of numbers, pack nibbles, estimate sizes.
 
 All take torch tensors, NumPy arrays or sequences of numbers, of any shape, and work on them as one flat run in fp32.
+What comes back is on the CPU.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import numbers
 
-import numpy as np
 import torch
 
 from fewbits.errors import QuantizationError
+from fewbits.flat import Values, finite_run, number_run, whole_number
 from fewbits.methods import QuantMethod
 from fewbits.tensors import QuantizedTensor
-
-Values = torch.Tensor | np.ndarray[Any, Any] | Sequence[float]
 
 INT8_LIMIT = 127
 INT4_LEVELS = 15
@@ -34,7 +31,7 @@ def quantize_int8_symmetric(values: Values) -> QuantizedTensor:
     >>> quantize_int8_symmetric([-1.0, 0.5, 0.25]).data.tolist()
     [-127, 64, 32]
     """
-    flat = _finite(values)
+    flat = finite_run(values)
     scale = _symmetric_scale(flat, INT8_LIMIT)
     codes = (flat / scale).round().clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)
     return QuantizedTensor(codes, scale, torch.zeros((), dtype=torch.int32), flat.numel(), 8, 0)
@@ -42,8 +39,8 @@ def quantize_int8_symmetric(values: Values) -> QuantizedTensor:
 
 def dequantize_int8_symmetric(t: QuantizedTensor) -> torch.Tensor:
     """Codes × scale, fp32 [n]. Raises QuantizationError for a tensor of another width."""
-    _expect_bits(t, 8, torch.int8)
-    return t.data.to(torch.float32) * t.scale
+    _expect(t, 8, torch.int8)
+    return _decoded(t.data, t.scale)
 
 
 def quantize_int4_asymmetric(values: Values, group_size: int) -> QuantizedTensor:
@@ -58,14 +55,15 @@ def quantize_int4_asymmetric(values: Values, group_size: int) -> QuantizedTensor
     >>> quantize_int4_asymmetric([0.0, 1.0, 15.0], 3).data.tolist()
     [16, 15]
     """
-    _check_group_size(group_size)
-    flat = _finite(values)
+    group_size = whole_number("group_size", group_size, at_least=1)
+    flat = finite_run(values)
     count = flat.numel()
-    groups = -(-count // group_size)
+    size = min(group_size, count)
+    groups = -(-count // size)
     # Zeros lie inside every range, so padding changes no group's grid.
-    padded = torch.zeros(groups * group_size, dtype=torch.float64)
+    padded = torch.zeros(groups * size, dtype=torch.float64)
     padded[:count] = flat
-    grouped = padded.view(groups, group_size)
+    grouped = padded.view(groups, size)
     low, high = grouped.amin(1).clamp_max(0), grouped.amax(1).clamp_min(0)
     scale, zero = _covering_grid(low, high)
     codes = (grouped / scale.double()[:, None]).round() + zero[:, None]
@@ -87,10 +85,18 @@ def _covering_grid(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor,
 
 def dequantize_int4_asymmetric(t: QuantizedTensor) -> torch.Tensor:
     """(code − zero point) × scale, fp32 [n]. Raises QuantizationError for a tensor of another width."""
-    _expect_bits(t, 4, torch.uint8)
-    codes = _unpack_nibbles(t.data, t.num_elements).to(torch.float32)
-    group = torch.arange(t.num_elements) // t.group_size
-    return (codes - t.zero_point.to(torch.float32)[group]) * t.scale[group]
+    _expect(t, 4, torch.uint8)
+    size = min(t.group_size, t.num_elements) or t.num_elements
+    groups = -(-t.num_elements // size) if size else 0
+    scale, zero = torch.as_tensor(t.scale).reshape(-1), torch.as_tensor(t.zero_point).reshape(-1)
+    if t.group_size < 0 or scale.numel() != groups or zero.numel() != groups:
+        raise QuantizationError(
+            f"{t.num_elements} codes in groups of {t.group_size} need {groups} scales and zero points, "
+            f"got {scale.numel()} and {zero.numel()}"
+        )
+    codes = _unpack_nibbles(t.data, t.num_elements).to(torch.int32)
+    group = torch.arange(t.num_elements) // max(size, 1)
+    return _decoded(codes - zero[group], scale[group])
 
 
 def quantize_fp8_e4m3(values: Values) -> QuantizedTensor:
@@ -99,7 +105,7 @@ def quantize_fp8_e4m3(values: Values) -> QuantizedTensor:
     Raises:
         QuantizationError: no values, or one that is NaN or infinite.
     """
-    flat = _finite(values)
+    flat = finite_run(values)
     scale = _symmetric_scale(flat, FP8_LIMIT)
     codes = (flat / scale).clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
     return QuantizedTensor(codes, scale, torch.zeros((), dtype=torch.int32), flat.numel(), 8, 0)
@@ -107,8 +113,8 @@ def quantize_fp8_e4m3(values: Values) -> QuantizedTensor:
 
 def dequantize_fp8_e4m3(t: QuantizedTensor) -> torch.Tensor:
     """Codes × scale, fp32 [n]. Raises QuantizationError for a tensor of another kind."""
-    _expect_bits(t, 8, torch.float8_e4m3fn)
-    return t.data.to(torch.float32) * t.scale
+    _expect(t, 8, torch.float8_e4m3fn)
+    return _decoded(t.data, t.scale)
 
 
 def smooth_quant_scales(weight_abs_max: Values, activation_abs_max: Values, alpha: float) -> torch.Tensor:
@@ -119,9 +125,10 @@ def smooth_quant_scales(weight_abs_max: Values, activation_abs_max: Values, alph
     Raises:
         QuantizationError: lengths differ, values are negative or not finite, or alpha is outside [0, 1].
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 <= alpha <= 1.0:
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0.0 <= alpha <= 1.0:
         raise QuantizationError(f"SmoothQuant alpha must be in [0.0, 1.0], got {alpha!r}")
-    weight, activation = _finite(weight_abs_max).double(), _finite(activation_abs_max).double()
+    alpha = float(alpha)
+    weight, activation = finite_run(weight_abs_max).double(), finite_run(activation_abs_max).double()
     if weight.numel() != activation.numel():
         raise QuantizationError(
             f"weight and activation dimensions must match: {weight.numel()} weight channels, "
@@ -142,9 +149,7 @@ def pack_int4(codes: Values) -> torch.Tensor:
     >>> pack_int4([1, -1, 7]).tolist()
     [241, 7]
     """
-    given = _flat(codes)
-    if given.numel() == 0:
-        raise QuantizationError("empty values: expected at least one code")
+    given = number_run(codes)
     outside = torch.nonzero((given < -8) | (given > 7) | (given != given.round()))
     if outside.numel():
         index = int(outside[0])
@@ -158,15 +163,16 @@ def unpack_int4(packed: Values, num_elements: int) -> torch.Tensor:
     >>> unpack_int4([241, 7], 3).tolist()
     [1, -1, 7]
     """
-    given = _flat(packed)
-    if isinstance(num_elements, bool) or not isinstance(num_elements, int) or num_elements < 0:
-        raise QuantizationError(f"num_elements must be a whole number of 0 or more, got {num_elements!r}")
+    given = number_run(packed)
+    num_elements = whole_number("num_elements", num_elements, at_least=1)
     if given.numel() != -(-num_elements // 2):
         raise QuantizationError(
             f"{num_elements} codes take {-(-num_elements // 2)} bytes, got {given.numel()}", "check num_elements"
         )
-    if given.numel() and bool(((given < 0) | (given > 255) | (given != given.round())).any()):
-        raise QuantizationError("packed codes must be bytes: whole numbers from 0 to 255")
+    outside = torch.nonzero((given < 0) | (given > 255) | (given != given.round()))
+    if outside.numel():
+        index = int(outside[0])
+        raise QuantizationError(f"packed codes must be bytes, 0 to 255, got {given[index].item():g} at {index}")
     nibbles = _unpack_nibbles(given.to(torch.uint8), num_elements).to(torch.int8)
     return torch.where(nibbles > 7, nibbles - 16, nibbles)
 
@@ -178,38 +184,11 @@ def estimate_memory_savings(num_params: int, method: QuantMethod) -> tuple[int, 
     >>> estimate_memory_savings(1_000_000, Int4Asymmetric())
     (2000000, 500000)
     """
-    if isinstance(num_params, bool) or not isinstance(num_params, int) or num_params < 0:
-        raise QuantizationError(f"num_params must be a whole number of 0 or more, got {num_params!r}")
+    num_params = whole_number("num_params", num_params, at_least=0)
     if not isinstance(method, QuantMethod):
         raise QuantizationError(f"expected a method, got {method!r}", "for example fewbits.Int4Asymmetric()")
     method.validate()
     return 2 * num_params, -(-num_params * method.bits_per_weight // 8)
-
-
-def _flat(values: Values) -> torch.Tensor:
-    """Values as one fp64 run."""
-    try:
-        tensor = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values, dtype=np.float64))
-    except (TypeError, ValueError) as error:
-        raise QuantizationError(f"expected numbers, got {type(values).__name__}: {error}") from error
-    if tensor.is_complex():
-        raise QuantizationError(f"expected real numbers, got {tensor.dtype}")
-    return tensor.detach().cpu().reshape(-1).to(torch.float64)
-
-
-def _finite(values: Values) -> torch.Tensor:
-    """Values as one fp32 run, all of them finite."""
-    flat = _flat(values)
-    if flat.numel() == 0:
-        raise QuantizationError("empty values: expected at least one number")
-    single = flat.to(torch.float32)
-    bad = torch.nonzero(~torch.isfinite(single))
-    if bad.numel():
-        index = int(bad[0])
-        found = flat[index].item()
-        why = "" if not math.isfinite(found) else ", which fp32 cannot hold"
-        raise QuantizationError(f"expected finite values, got {found}{why} at index {index}")
-    return single
 
 
 def _symmetric_scale(flat: torch.Tensor, limit: float) -> torch.Tensor:
@@ -220,18 +199,23 @@ def _symmetric_scale(flat: torch.Tensor, limit: float) -> torch.Tensor:
     return (largest / limit).clamp_min(SMALLEST_SCALE)
 
 
-def _check_group_size(group_size: int) -> None:
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise QuantizationError(f"group_size must be a whole number, got {group_size!r}")
-    if group_size <= 0:
-        raise QuantizationError(f"group_size must be > 0, got {group_size}")
-
-
-def _expect_bits(t: QuantizedTensor, bits: int, dtype: torch.dtype) -> None:
+def _expect(t: QuantizedTensor, bits: int, dtype: torch.dtype) -> None:
+    """Raise QuantizationError unless `t` holds whole data of this width."""
+    if not isinstance(t, QuantizedTensor):
+        raise QuantizationError(f"expected a QuantizedTensor, got {type(t).__name__}")
     if t.bits != bits:
         raise QuantizationError(f"expected {bits}-bit tensor, got {t.bits}-bit")
     if t.data.dtype != dtype:
         raise QuantizationError(f"expected codes in {dtype}, got {t.data.dtype}")
+    stored = -(-t.num_elements * bits // 8)
+    if t.num_elements < 0 or t.data.numel() != stored:
+        raise QuantizationError(f"{t.num_elements} codes of {bits} bits take {stored} bytes, got {t.data.numel()}")
+
+
+def _decoded(codes: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Codes × scale in fp32, kept finite: the half step that rounding may add must not leave the range of fp32."""
+    limit = torch.finfo(torch.float32).max
+    return (codes.to(torch.float64) * scale).clamp_(-limit, limit).to(torch.float32)
 
 
 def _pack_nibbles(nibbles: torch.Tensor) -> torch.Tensor:

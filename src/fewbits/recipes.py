@@ -39,9 +39,10 @@ def method_from_spec(spec: object, *, where: str = "method") -> QuantMethod | No
         )
     given = spec.get("name")
     if not isinstance(given, str):
-        found = "no name" if given is None else f"{given!r} for a name"
+        found = f"the keys {', '.join(map(str, spec))}" if given is None else f"{given!r} for a name"
         raise ConfigError(
-            f"{where}: expected a table with a method's name, got {found}", f"known are {', '.join(known)}"
+            f"{where}: expected a table with a method's name, got {found}",
+            "a layer's name that has dots in it stands in quotes; a method's is one of " + ", ".join(known),
         )
     name = given.lower()
     if name == SKIP:
