@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from fewbits.calibrate import BlockDone, Timings, TokenWeights, load_states, run_blocks
+from fewbits.calibrate import BlockDone, Timings, TokenWeights, load_states, micro_batch_size, run_blocks
 from fewbits.calibration import Calibration
 from fewbits.checkpoints.journal import Journal
 from fewbits.checkpoints.partial import PartialFolder
@@ -17,6 +19,7 @@ from fewbits.checkpoints.reader import TensorReader
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.convert import NonFiniteWeights, ShardWork, holds_nonfinite
 from fewbits.formats import FORMATS
+from fewbits.importance import measure_importance
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.plan import Plan
@@ -24,7 +27,9 @@ from fewbits.progress import Progress
 from fewbits.skeleton import Skeleton, build_model
 from fewbits.solve_layers import SolvedLayer, solve_group
 from fewbits.statistics import Statistics
+from fewbits.token_weights import shared_weights
 
+IMPORTANCE_FILE = "importance.safetensors"
 STATES_FILE = "states-{block}.safetensors"
 
 
@@ -37,9 +42,11 @@ class CalibratedConversion:
     journal: Journal
     calibration: Calibration
     progress: Progress
-    token_weights: TokenWeights | None = None
+    importance: bool = True
+    seed: int = 0
     memory_limit: int | None = None
     timings: Timings = field(default_factory=Timings)
+    importance_s: float = 0.0
     _solved: dict[str, SolvedLayer] = field(default_factory=dict)
     _notes: list[Note] = field(default_factory=list)
 
@@ -62,15 +69,41 @@ class CalibratedConversion:
         with TensorReader(self.plan.source) as reader:
             skeleton = Skeleton(build_model(self.plan.source.path, torch.bfloat16), self.plan.source, reader)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
+            token_weights = self._token_weights(skeleton, layers) if self.importance else None
             self.progress.begin("calibrating", len(skeleton.blocks) - first, "blocks")
             for done in run_blocks(
                 skeleton, self.calibration.ids, layers, self._solve,
-                token_weights=self.token_weights, states=states, memory_limit=self.memory_limit,
+                token_weights=token_weights, states=states, memory_limit=self.memory_limit,
             ):  # fmt: skip
                 self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
                 self.timings = done.timings
                 self.progress.advance(1, done.name)
             self.progress.end()
+
+    def _token_weights(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> TokenWeights:
+        """The importance of tokens to a group of linears, measured once and kept for the case of an interruption."""
+        path = self.folder.scratch / IMPORTANCE_FILE
+        if path.exists():
+            weights = load_file(str(path))
+        else:
+            self.progress.begin("importance", 2 * len(skeleton.blocks), "blocks")
+            before = time.perf_counter()
+            weights = measure_importance(
+                skeleton, self.calibration.ids, layers,
+                micro_batch=micro_batch_size(self.calibration.ids.shape[1]), seed=self.seed, folder=self.folder.scratch,
+                watcher=lambda stage, done, total: self.progress.advance(1, stage),
+            ).weights  # fmt: skip
+            self.progress.end()
+            self.importance_s = time.perf_counter() - before
+            temporary = path.with_suffix(".unfinished")
+            save_file(weights, str(temporary))
+            temporary.replace(path)
+
+        def of_group(group: Sequence[LinearLayer]) -> torch.Tensor | None:
+            known = [weights[layer.name] for layer in group if layer.name in weights]
+            return shared_weights(known, group[0].in_features) if known else None
+
+        return of_group
 
     def _states(self, first: int) -> Any:
         """States behind the last finished block; without them the pass starts over, to the same bytes."""

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fewbits.checkpoints.folder import CONFIG_FILE, INDEX_FILE
 from fewbits.checkpoints.journal import Journal
@@ -34,6 +34,8 @@ def quantize(
     *,
     samples: int = 128,
     length: int = 2048,
+    importance: Literal["loss", "none"] = "loss",
+    seed: int = 0,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     strict: bool = False,
@@ -50,6 +52,8 @@ def quantize(
         config: methods by layer.
         calibration: text (or token ids) for methods that look at activations.
         samples, length: how many samples of how many tokens of it are used.
+        importance: "loss" weighs tokens by how much the loss cares about them; "none" counts all alike.
+        seed: of the labels that importance draws.
         allow_nonfinite: carry layers that hold NaN or infinite weights over unquantized, with a note, instead of
             failing.
         strict: raise PlanError where otherwise a note would be made.
@@ -76,12 +80,35 @@ def quantize(
     if needing and calibration is not None:
         from fewbits.calibration import read_calibration
 
-        text = read_calibration(calibration, model_dir, samples, length)
+        read = read_calibration(calibration, model_dir, samples, length)
+        text = CalibrationChoice(read, importance, seed)
     with PartialFolder(out_dir, planned.source, planned.bytes_after, overwrite=overwrite) as folder:
         with Journal.open(folder.path, _fingerprint(planned, text)) as journal:
             run = _Run(planned, folder, journal, text, progress or Silent(), allow_nonfinite, strict)
             run.convert()
         return run.finish()
+
+
+@dataclass(frozen=True)
+class CalibrationChoice:
+    """The samples, and how their tokens are weighed."""
+
+    data: Calibration
+    importance: str
+    seed: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        samples, length = self.data.ids.shape
+        return {
+            "source": self.data.source,
+            "samples": samples,
+            "length": length,
+            "digest": self.data.digest,
+            "importance": self.importance,
+            "seed": self.seed,
+        }
 
 
 @dataclass
@@ -91,7 +118,7 @@ class _Run:
     plan: Plan
     folder: PartialFolder
     journal: Journal
-    calibration: Calibration | None
+    calibration: CalibrationChoice | None
     progress: Progress
     allow_nonfinite: bool
     strict: bool
@@ -133,9 +160,12 @@ class _Run:
         if self.calibration is not None:
             from fewbits.calibrated import CalibratedConversion
 
-            conversion = CalibratedConversion(self.plan, self.folder, self.journal, self.calibration, self.progress)
+            conversion = CalibratedConversion(
+                self.plan, self.folder, self.journal, self.calibration.data, self.progress,
+                importance=self.calibration.importance == "loss", seed=self.calibration.seed,
+            )  # fmt: skip
             conversion.run(remaining, blocks)
-            self.stages = asdict(conversion.timings)
+            self.stages = {"importance_s": conversion.importance_s} | asdict(conversion.timings)
 
     def _remaining(self) -> list[ShardWork]:
         return [work for work in _work(self.plan) if self.plan.shards[work.number].file not in self.journal.finished]
@@ -164,7 +194,7 @@ class _Run:
             peak_memory_bytes=0,
             stages=self.stages,
             resumed_shards=self.resumed_shards,
-            calibration=_calibration_facts(self.calibration),
+            calibration=None if self.calibration is None else self.calibration.facts,
         )
         self.folder.copy_companions()
         if len(self.plan.shards) > 1:
@@ -176,20 +206,13 @@ class _Run:
         return replace(report, elapsed_s=elapsed_s, peak_memory_bytes=peak_memory_bytes())
 
 
-def _fingerprint(planned: Plan, calibration: Calibration | None) -> dict[str, Any]:
+def _fingerprint(planned: Plan, calibration: CalibrationChoice | None) -> dict[str, Any]:
     return {
         "source": planned.source.fingerprint(),
         "config": planned.config.to_dict(),
         "format": planned.format,
-        "calibration": _calibration_facts(calibration),
+        "calibration": None if calibration is None else calibration.facts,
     }
-
-
-def _calibration_facts(calibration: Calibration | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    samples, length = calibration.ids.shape
-    return {"source": calibration.source, "samples": samples, "length": length, "digest": calibration.digest}
 
 
 def _blocks(planned: Plan) -> dict[int, ShardWork]:

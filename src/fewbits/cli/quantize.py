@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from fewbits.report import LayerRecord, Report
 
 
+class Importance(StrEnum):
+    """How calibration tokens are weighed."""
+
+    loss = "loss"
+    none = "none"
+
+
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
@@ -47,6 +55,10 @@ def quantize(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")] = 128,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a sample.")] = 2048,
+    importance: Annotated[
+        Importance, typer.Option("--importance", help="Weigh tokens by how much the loss cares about them.")
+    ] = Importance.loss,
+    seed: Annotated[int, typer.Option("--seed", help="Of the labels that importance draws.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Carry layers with NaN or infinite weights over unquantized.")
@@ -69,6 +81,8 @@ def quantize(
             calibration,
             samples=samples,
             length=length,
+        importance=importance.value,
+        seed=seed,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             strict=strict,
