@@ -19,6 +19,7 @@ from fewbits.kernels.compiling import (
     as_numpy,
     kernel_input,
     magnitude_bits,
+    miss,
     rounding_of,
     stored_scale,
     total,
@@ -44,7 +45,7 @@ def _largest_bits(row: Any) -> Any:
     return largest
 
 
-@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _int8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
     for r in prange(weight.shape[0]):
         bits = _largest_bits(weight[r])
@@ -56,17 +57,19 @@ def _int8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped
         inverse = np.float32(1.0) / scale
         error, norm = np.float32(0.0), np.float32(0.0)
         for k in range(weight.shape[1]):
-            u = widen(weight[r, k]) * inverse
+            x = widen(weight[r, k])
+            u = x * inverse
             code = np.rint(u)
             codes[r, k] = np.int8(np.int32(code))
-            error += (u - code) * (u - code)
+            missed = miss(x, code * scale, inverse)
+            error += missed * missed
             norm += u * u
         # A second use of `inverse`: with only one, the compiler turns the product above back into a division.
         errors[r] = np.float64(error) / (np.float64(inverse) * np.float64(inverse))
         norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
 
 
-@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
     for r in prange(weight.shape[0]):
         bits = _largest_bits(weight[r])
@@ -78,7 +81,8 @@ def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped:
         inverse = np.float32(1.0) / scale
         error, norm = np.float32(0.0), np.float32(0.0)
         for k in range(weight.shape[1]):
-            u = widen(weight[r, k]) * inverse
+            x = widen(weight[r, k])
+            u = x * inverse
             # Each step is cut to 32 bits: the compiler's integers are 64 bits wide, and half as many fit a vector.
             bits = as_bits(u)
             magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
@@ -93,8 +97,8 @@ def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped:
             value = shifted - TWO_TO_14 if is_small else as_float(np.uint32(rounded & np.uint32(0xFFF00000)))
             sign = np.uint32(np.uint32(bits >> np.uint32(24)) & np.uint32(0x80))
             codes[r, k] = np.uint8(np.uint32(code | sign))
-            miss = as_float(magnitude) - value
-            error += miss * miss
+            missed = miss(abs(x), value * scale, inverse)
+            error += missed * missed
             norm += u * u
         # A second use of `inverse`: with only one, the compiler turns the product above back into a division.
         errors[r] = np.float64(error) / (np.float64(inverse) * np.float64(inverse))

@@ -96,6 +96,12 @@ def stored_scale(scale: Any, dropped: Any, smallest: Any, largest: Any) -> Any:
     return as_float(((bits + half + odd) >> np.uint32(dropped)) << np.uint32(dropped))
 
 
+@numba.njit(fastmath=False, error_model="numpy")  # type: ignore[untyped-decorator]
+def miss(x: Any, decoded: Any, inverse: Any) -> Any:
+    """x − x̂ in units of the scale. Without flags: fused with the product, x̂ would not be rounded as a decoder's is."""
+    return (x - decoded) * inverse
+
+
 def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """A tensor's memory as NumPy sees it; bf16 as uint16, float8 as uint8."""
     views = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}

@@ -15,9 +15,11 @@ from numba import njit, prange
 from fewbits.kernels import search as grids
 from fewbits.kernels.compiling import (
     SUMS,
+    as_float,
     as_numpy,
     kernel_input,
     magnitude_bits,
+    miss,
     rounding_of,
     stored_scale,
     total,
@@ -33,20 +35,21 @@ ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 
 
-@njit(fastmath={"nnan", "nsz", "reassoc"}, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _ordered(bits: Any) -> Any:
+    """Bits of a float as an integer of the same order, and back: integer maxima vectorize, those of floats don't."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _range(group: Any) -> Any:
     """Least and largest value, zero included; all are known to be numbers."""
-    low, high = ZERO, ZERO
-    for k in range(group.size):
-        low = group[k] if group[k] < low else low
-        high = group[k] if group[k] > high else high
-    return low, high
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _miss(x: Any, code: Any, scale: Any, inverse: Any) -> Any:
-    """x − x̂ in units of the scale. Compiled on its own: nothing may be fused with the product, which is rounded too."""
-    return (x - code * scale) * inverse
+    low, high = np.int32(0), np.int32(0)
+    bits = group.view(np.int32)
+    for k in range(bits.size):
+        low = min(low, _ordered(bits[k]))
+        high = max(high, _ordered(bits[k]))
+    return as_float(np.uint32(_ordered(low))), as_float(np.uint32(high))
 
 
 @njit(fastmath=SUMS, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -61,8 +64,8 @@ def _write_codes(group: Any, codes: Any, scale: Any, zero: Any, top_code: Any) -
         code = low if code < low else code
         code = high if code > high else code
         codes[k] = np.uint8(np.int32(code + zero))
-        miss = _miss(group[k], code, scale, inverse)
-        error += miss * miss
+        missed = miss(group[k], code * scale, inverse)
+        error += missed * missed
         norm += u * u
     back = np.float64(1.0) / (np.float64(inverse) * np.float64(inverse))
     return np.float64(error) * back, np.float64(norm) * back
