@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from fewbits.schemes import Scheme
+from fewbits.search import MINMAX as MINMAX
+from fewbits.search import SUMMED
+from fewbits.search import Search as Search
 
 CHUNK_BYTES = 4 * 2**20
 FP8_MAX = 448.0
-# Losses of this many weights are added one by one, then such sums one by one: an order that kernels can keep.
-SUMMED = 8
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,6 @@ class Rounded:
     squared_error: float
     squared_norm: float
     nonfinite: bool
-
-
-@dataclass(frozen=True)
-class Search:
-    """How a group's scale is searched: range factors from 1 down to `narrowest`, the least Σ wₖ |error|^power wins.
-
-    `steps` counts the factors; 1 is plain min/max. Min/max itself is always among the candidates.
-    """
-
-    steps: int = 1
-    narrowest: float = 0.8
-    power: int = 2
-
-    def factors(self) -> list[float]:
-        """Factors of the min/max range, widest first."""
-        if self.steps == 1:
-            return [1.0]
-        return [1.0 - (1.0 - self.narrowest) * step / (self.steps - 1) for step in range(self.steps)]
-
-
-MINMAX = Search()
 
 
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,12 +8,9 @@ import torch
 
 from fewbits.kernels.rounding import round_rows
 from fewbits.methods import QuantMethod
-from fewbits.numerics import Search
 from fewbits.packing import seal_packed
+from fewbits.search import DATA_FREE_SEARCH
 from fewbits.tensors import QuantizedWeight
-
-# docs/methods/int4.md has the measurements behind these.
-DATA_FREE_SEARCH = Search(steps=21, narrowest=0.8, power=4)
 
 
 @dataclass(frozen=True)
