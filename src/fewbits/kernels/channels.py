@@ -1,32 +1,37 @@
 """Compiled rounding with one scale per output channel: int8 and float8 e4m3fn.
 
-Two passes over a row that stays in the cache: the largest magnitude, then codes, error and norm at once. Bound by
-memory on two cores (bench/kernels.py).
+Two passes over a row that stays in the cache: the largest magnitude, then codes, error and norm at once.
+docs/performance.md says what bounds them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numba import njit, prange
+from numba import njit
 
 from fewbits.kernels.compiling import (
+    ROUNDING,
     SUMS,
+    Array,
     as_bits,
     as_float,
     as_numpy,
     kernel_input,
     magnitude_bits,
     miss,
-    rounding_of,
     stored_scale,
     total,
-    use_torch_threads,
     widen,
 )
-from fewbits.numerics import Rounded
+from fewbits.kernels.threads import over_rows
+from fewbits.layout import stored_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbits.numerics import Rounded
 
 INFINITY_BITS = np.uint32(0x7F800000)
 TWO_TO_14 = np.float32(16384.0)
@@ -45,9 +50,9 @@ def _largest_bits(row: Any) -> Any:
     return largest
 
 
-@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _int8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
-    for r in prange(weight.shape[0]):
+    for r in range(weight.shape[0]):
         bits = _largest_bits(weight[r])
         if bits >= INFINITY_BITS:
             norms[r] = np.nan
@@ -69,9 +74,9 @@ def _int8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped
         norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
 
 
-@njit(parallel=True, fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
-    for r in prange(weight.shape[0]):
+    for r in range(weight.shape[0]):
         bits = _largest_bits(weight[r])
         if bits >= INFINITY_BITS:
             norms[r] = np.nan
@@ -105,25 +110,58 @@ def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped:
         norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
 
 
+def round_rows_int8(weight: Array, dtype: str, codes: Array) -> tuple[Array, float, float]:
+    """Round rows (as the kernels take them) to int8 with one thread; codes go into `codes` (int8 [R, K]).
+
+    Returns:
+        fp32 scales [R, 1] that `dtype` holds exactly, Σ (W − Ŵ)², and Σ W² (NaN if some W is not finite).
+    """
+    return _one_thread(_int8, weight, dtype, codes)
+
+
+def round_rows_fp8(weight: Array, dtype: str, codes: Array) -> tuple[Array, float, float]:
+    """`round_rows_int8` for float8 e4m3fn; codes are its bits (uint8 [R, K])."""
+    return _one_thread(_fp8, weight, dtype, codes)
+
+
+def _one_thread(kernel: Any, weight: Array, dtype: str, codes: Array) -> tuple[Array, float, float]:
+    rows = weight.shape[0]
+    scales, errors, norms = np.ones(rows, np.float32), np.zeros(rows), np.zeros(rows)
+    kernel(weight, codes, scales, errors, norms, *ROUNDING[dtype])
+    return scales[:, None], total(errors), total(norms)
+
+
 def round_channel_int8(weight: torch.Tensor, scale_dtype: torch.dtype, out: torch.Tensor | None = None) -> Rounded:
     """`numerics.round_channel_int8`, compiled; codes go into `out` if given (int8 [R, K])."""
-    return _round(_int8, weight, scale_dtype, torch.int8, out)
+    import torch
+
+    codes = torch.empty(weight.shape, dtype=torch.int8) if out is None else out
+    return _round(_int8, weight, scale_dtype, codes)
 
 
 def round_channel_fp8(weight: torch.Tensor, scale_dtype: torch.dtype, out: torch.Tensor | None = None) -> Rounded:
     """`numerics.round_channel_fp8`, compiled; codes go into `out` if given (float8_e4m3fn [R, K])."""
-    return _round(_fp8, weight, scale_dtype, torch.float8_e4m3fn, out)
+    import torch
+
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn) if out is None else out
+    return _round(_fp8, weight, scale_dtype, codes)
 
 
-def _round(
-    kernel: Any, weight: torch.Tensor, scale_dtype: torch.dtype, code_dtype: torch.dtype, out: torch.Tensor | None
-) -> Rounded:
-    use_torch_threads()
-    rows = weight.shape[0]
-    codes = torch.empty(weight.shape, dtype=code_dtype) if out is None else out
-    scales = np.ones(rows, np.float32)
-    errors, norms = np.zeros(rows), np.zeros(rows)
-    kernel(kernel_input(weight), as_numpy(codes), scales, errors, norms, *rounding_of(scale_dtype))
-    stored = torch.from_numpy(scales)[:, None].to(scale_dtype)
+def _round(kernel: Any, weight: torch.Tensor, scale_dtype: torch.dtype, codes: torch.Tensor) -> Rounded:
+    import torch
+
+    from fewbits.numerics import Rounded
+
+    rows, columns = weight.shape
+    source, target = kernel_input(weight), as_numpy(codes)
+    scales, errors, norms = np.ones(rows, np.float32), np.zeros(rows), np.zeros(rows)
+    rounding = ROUNDING[stored_dtype(scale_dtype)]
+
+    def work(start: int, stop: int) -> None:
+        run = slice(start, stop)
+        kernel(source[run], target[run], scales[run], errors[run], norms[run], *rounding)
+
+    over_rows(rows, columns, work)
     squared_norm = total(norms)
+    stored = torch.from_numpy(scales)[:, None].to(scale_dtype)
     return Rounded(codes, stored, None, total(errors), squared_norm, squared_norm != squared_norm)

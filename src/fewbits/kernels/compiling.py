@@ -1,21 +1,28 @@
 """What the compiled kernels share: how they are compiled, bits as floats and back, and rounding to a stored dtype.
 
 bf16 comes in as uint16: NumPy has no such type, its order-preserving bits make maxima vectorize, and widening is a
-shift. Half precision and fp32 weights come in as fp32.
+shift. Half precision and fp32 weights come in as fp32. Kernels take NumPy arrays, and torch is not loaded here: a
+checkpoint is quantized without it.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
+
+from fewbits.kernels.threads import thread_count
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, Any]
 
 # Sums may be reordered into lanes and fused with products. Codes must not change by it: each is a product, rounded.
 SUMS = {"reassoc", "nsz", "contract"}
@@ -23,7 +30,7 @@ SUMS = {"reassoc", "nsz", "contract"}
 
 def use_torch_threads() -> None:
     """Let kernels use as many threads as torch does."""
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    numba.set_num_threads(max(1, min(thread_count(), numba.config.NUMBA_NUM_THREADS)))
 
 
 if "NUMBA_THREADING_LAYER" not in os.environ:
@@ -75,11 +82,12 @@ def _magnitude_bits(value: Any) -> Any:
     return lambda value: np.uint32(as_bits(value) & np.uint32(0x7FFFFFFF))
 
 
-def rounding_of(dtype: torch.dtype) -> tuple[int, np.float32, np.float32]:
-    """How fp32 is rounded to `dtype` by its bits: mantissa bits to drop, smallest normal, largest finite number."""
-    limits = torch.finfo(dtype)
-    dropped = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[dtype]
-    return dropped, np.float32(limits.tiny), np.float32(limits.max)
+# How fp32 is rounded to a stored dtype by its bits: mantissa bits to drop, smallest normal, largest finite number.
+ROUNDING = {
+    "BF16": (16, np.float32(2.0**-126), np.float32(2.0**128 - 2.0**120)),
+    "F16": (13, np.float32(2.0**-14), np.float32(65504.0)),
+    "F32": (0, np.finfo(np.float32).tiny, np.finfo(np.float32).max),
+}
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
@@ -102,18 +110,35 @@ def miss(x: Any, decoded: Any, inverse: Any) -> Any:
     return (x - decoded) * inverse
 
 
-def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def weights_of(content: Array, dtype: str, columns: int) -> Array:
+    """Raw bytes of rows as the kernels take them: bf16 as uint16, all else as fp32."""
+    stored = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]
+    return content.view(stored).reshape(-1, columns).astype(np.uint16 if dtype == "BF16" else np.float32, copy=False)
+
+
+def stored_bits(scales: Array, dtype: str) -> Array:
+    """fp32 scales that `dtype` holds exactly, as they are stored; bf16 as uint16."""
+    if dtype == "BF16":
+        return (scales.view(np.uint32) >> 16).astype(np.uint16)
+    return scales.astype(np.float16) if dtype == "F16" else scales
+
+
+def as_numpy(tensor: torch.Tensor) -> Array:
     """A tensor's memory as NumPy sees it; bf16 as uint16, float8 as uint8."""
+    import torch
+
     views = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
     return tensor.view(views.get(tensor.dtype, tensor.dtype)).numpy()
 
 
-def kernel_input(weight: torch.Tensor) -> np.ndarray[Any, Any]:
+def kernel_input(weight: torch.Tensor) -> Array:
     """Contiguous weights as the kernels take them: bf16 as uint16, all else as fp32."""
+    import torch
+
     weight = weight.contiguous()
     return as_numpy(weight if weight.dtype == torch.bfloat16 else weight.to(torch.float32))
 
 
-def total(per_row: np.ndarray[Any, Any]) -> float:
+def total(per_row: Array) -> float:
     """Sum over rows in fp64, in one order whatever the number of threads."""
     return math.fsum(per_row.tolist())

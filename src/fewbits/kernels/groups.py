@@ -6,29 +6,34 @@ A searched grid comes from kernels.search first.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numba import njit, prange
+from numba import njit
 
 from fewbits.kernels import search as grids
 from fewbits.kernels.compiling import (
+    ROUNDING,
     SUMS,
+    Array,
     as_float,
     as_numpy,
     kernel_input,
     magnitude_bits,
     miss,
-    rounding_of,
     stored_scale,
     total,
-    use_torch_threads,
     widen,
 )
-from fewbits.numerics import MINMAX, Rounded, Search
-from fewbits.packing import words_for
+from fewbits.kernels.threads import over_rows
+from fewbits.layout import stored_dtype
 from fewbits.schemes import Scheme
+from fewbits.search import MINMAX, Search
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbits.numerics import Rounded
 
 INFINITY_BITS = np.uint32(0x7F800000)
 ZERO = np.float32(0.0)
@@ -91,14 +96,14 @@ def _pack(codes: Any, packed: Any, bits: Any) -> None:
                 stream >>= np.uint64(8)
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _rows(
     weight: Any, size: Any, bits: Any, codes: Any, words: Any, scales: Any, zeros: Any, grids_given: Any,
     errors: Any, norms: Any, dropped: Any, smallest: Any, largest: Any,
 ) -> None:  # fmt: skip
     columns = weight.shape[1]
     top_code = np.float32(2**bits - 1)
-    for r in prange(weight.shape[0]):
+    for r in range(weight.shape[0]):
         row = np.empty(columns, np.float32)
         most = np.uint32(0)
         for k in range(columns):
@@ -126,6 +131,54 @@ def _rows(
             _pack(own, words[r], bits)
 
 
+NOTHING = np.empty((0, 0), np.uint8)
+ALIKE = np.empty(0, np.float32)
+
+
+def round_rows_groups(
+    weight: Array, dtype: str, scheme: Scheme, search: Search, words: Array
+) -> tuple[Array, Array, float, float]:
+    """Round rows (as the kernels take them) to packed codes with one thread.
+
+    Args:
+        words: bytes of the words, where packed codes go (uint8 [R, 4·ceil(K·bits/32)]).
+
+    Returns:
+        fp32 scales [R, G] that `dtype` holds exactly, zero points uint8 [R, G], Σ (W − Ŵ)², and Σ W² (NaN if some W is
+        not finite).
+    """
+    job = _Job(weight, dtype, scheme, search, ALIKE, NOTHING, words)
+    job.work(0, weight.shape[0])
+    return job.scales, job.zeros, total(job.errors), total(job.norms)
+
+
+class _Job:
+    """Rows to round, and where their results go."""
+
+    def __init__(
+        self, weight: Array, dtype: str, scheme: Scheme, search: Search, importance: Array, codes: Array, words: Array
+    ) -> None:
+        rows, columns = weight.shape
+        groups = scheme.groups(columns)
+        self.scales, self.zeros = np.ones((rows, groups), np.float32), np.zeros((rows, groups), np.uint8)
+        self.errors, self.norms = np.zeros(rows), np.zeros(rows)
+        self._weight, self._dtype, self._scheme, self._search = weight, dtype, scheme, search
+        self._importance, self._codes, self._words = importance, codes, words
+        self._size = columns // groups
+        self._searched = scheme.symmetric or search.steps > 1
+
+    def work(self, start: int, stop: int) -> None:
+        """Round rows [start, stop)."""
+        run = slice(start, stop)
+        weight, scales, zeros = self._weight[run], self.scales[run], self.zeros[run]
+        if self._searched:
+            grids.best_grid_of_rows(weight, self._dtype, self._scheme, self._search, scales, zeros, self._importance)
+        _rows(
+            weight, self._size, self._scheme.bits, self._codes[run], self._words[run], scales, zeros, self._searched,
+            self.errors[run], self.norms[run], *ROUNDING[self._dtype],
+        )  # fmt: skip
+
+
 def round_groups(
     weight: torch.Tensor,
     scheme: Scheme,
@@ -142,31 +195,27 @@ def round_groups(
         packed: return words (int32 [R, ceil(K·bits/32)], as `packing.pack_rows`) in place of codes.
         out: where codes or words go; fresh memory if None, which costs more than the rounding.
     """
-    use_torch_threads()
+    import torch
+
+    from fewbits.numerics import Rounded
+    from fewbits.packing import words_for
+
     rows, columns = weight.shape
-    groups = scheme.groups(columns)
     shape = (rows, words_for(columns, scheme.bits)) if packed else (rows, columns)
     stored = torch.empty(shape, dtype=torch.int32 if packed else torch.uint8) if out is None else out
     streams = as_numpy(stored).view(np.uint8)
-    grids_given = scheme.symmetric or search.steps > 1
-    if grids_given:
-        rounded_scales, zeros = grids.best_grid(weight, scheme, scale_dtype, search, importance)
-        scales = rounded_scales.float()
-    else:
-        scales, zeros = torch.ones(rows, groups), torch.zeros((rows, groups), dtype=torch.uint8)
-    errors, norms = np.zeros(rows), np.zeros(rows)
-    nothing = np.empty((0, 0), np.uint8)
-    _rows(
-        kernel_input(weight), columns // groups, scheme.bits, nothing if packed else streams,
-        streams if packed else nothing, scales.numpy(), zeros.numpy(), grids_given, errors, norms,
-        *rounding_of(scale_dtype),
+    shares = ALIKE if importance is None else importance.to(torch.float32).contiguous().numpy()
+    job = _Job(
+        kernel_input(weight), stored_dtype(scale_dtype), scheme, search, shares,
+        NOTHING if packed else streams, streams if packed else NOTHING,
     )  # fmt: skip
-    squared_norm = total(norms)
+    over_rows(rows, columns * search.steps, job.work, grids.rows_of_lanes(scheme.groups(columns)))
+    squared_norm = total(job.norms)
     return Rounded(
         stored,
-        scales.to(scale_dtype),
-        None if scheme.symmetric else zeros,
-        total(errors),
+        torch.from_numpy(job.scales).to(scale_dtype),
+        None if scheme.symmetric else torch.from_numpy(job.zeros),
+        total(job.errors),
         squared_norm,
         squared_norm != squared_norm,
     )

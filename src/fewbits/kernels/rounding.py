@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from fewbits import numerics
-from fewbits.numerics import Rounded, Search
+from fewbits.numerics import Rounded
 from fewbits.packing import pack_rows
 from fewbits.schemes import Scheme
+from fewbits.search import Search
 
 try:
     from fewbits.kernels import channels, groups

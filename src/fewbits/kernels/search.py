@@ -7,15 +7,15 @@ every processor and in `numerics.best_grid`, to the bit. Bound by arithmetic: se
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
-import torch
-from numba import njit, prange
+from numba import njit
 
-from fewbits.kernels.compiling import as_bits, as_float, as_numpy, rounding_of, use_torch_threads
-from fewbits.numerics import MINMAX, SUMMED, Search
+from fewbits.kernels.compiling import ROUNDING, Array, as_bits, as_float
 from fewbits.schemes import Scheme
+from fewbits.search import SUMMED, Search
 
 LANES = 64
 COUNT = np.uint64(LANES)
@@ -165,14 +165,14 @@ def _keep_better(lanes: Any, power: Any, is_first: Any) -> None:
         lanes[BEST_ZERO + lane] = zero if better else best_zero
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _search(
     words: Any, pairs: Any, size: Any, symmetric: Any, top_code: Any, factors: Any, power: Any, weights: Any,
     scales: Any, zeros: Any, dropped: Any, smallest: Any, largest: Any,
 ) -> None:  # fmt: skip
     shift = np.uint32(dropped)
     padded = (size + SUMMED - 1) // SUMMED * SUMMED
-    for item in prange((scales.size + LANES - 1) // LANES):
+    for item in range((scales.size + LANES - 1) // LANES):
         first = item * LANES
         count = min(LANES, scales.size - first)
         tile = np.empty(padded * LANES, np.float32)
@@ -204,26 +204,27 @@ def _search(
             zeros[first + lane] = np.uint8(np.int32(lanes[BEST_ZERO + np.uint64(lane)]))
 
 
-def best_grid(
-    weight: torch.Tensor,
-    scheme: Scheme,
-    scale_dtype: torch.dtype,
-    search: Search = MINMAX,
-    importance: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`numerics.best_grid`, compiled: scales [R, G] in `scale_dtype`, zero points uint8 [R, G]."""
-    use_torch_threads()
-    rows, columns = weight.shape
-    size = scheme.group_size or columns
-    weight = weight.contiguous()
-    pairs = weight.dtype == torch.bfloat16 and size % 2 == 0 and weight.data_ptr() % 4 == 0
-    words = as_numpy(weight if pairs else weight.to(torch.float32)).reshape(-1).view(np.uint32)
-    scales = np.empty(rows * (columns // size), np.float32)
-    zeros = np.empty(scales.size, np.uint8)
-    weights = np.empty(0, np.float32) if importance is None else importance.to(torch.float32).contiguous().numpy()
+def best_grid_of_rows(
+    weight: Array, dtype: str, scheme: Scheme, search: Search, scales: Array, zeros: Array, importance: Array
+) -> None:
+    """Search the grids of rows (as the kernels take them) with one thread.
+
+    Args:
+        dtype: safetensors name of what scales are stored in.
+        scales, zeros: where the grids go, fp32 and uint8 [R, G].
+        importance: fp32 [K]; empty if all weights count alike.
+    """
+    size = scheme.group_size or weight.shape[1]
+    pairs = weight.dtype == np.uint16 and size % 2 == 0 and weight.ctypes.data % 4 == 0
+    if not pairs and weight.dtype == np.uint16:
+        weight = (weight.astype(np.uint32) << 16).view(np.float32)
     _search(
-        words, pairs, size, scheme.symmetric, np.float32(scheme.largest_code), np.array(search.factors(), np.float32),
-        search.power, weights, scales, zeros, *rounding_of(scale_dtype),
+        weight.reshape(-1).view(np.uint32), pairs, size, scheme.symmetric, np.float32(scheme.largest_code),
+        np.array(search.factors(), np.float32), search.power, importance, scales.reshape(-1), zeros.reshape(-1),
+        *ROUNDING[dtype],
     )  # fmt: skip
-    shape = (rows, columns // size)
-    return torch.from_numpy(scales).view(shape).to(scale_dtype), torch.from_numpy(zeros).view(shape)
+
+
+def rows_of_lanes(groups: int) -> int:
+    """The least number of rows whose groups fill all lanes."""
+    return LANES // math.gcd(LANES, groups)

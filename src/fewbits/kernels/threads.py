@@ -1,0 +1,71 @@
+"""Kernels on several threads: rows are cut into runs, and each free thread takes the next one.
+
+The kernels themselves are compiled for one thread and release the interpreter, so plain threads do: no second pool
+spins beside torch's, and a caller that has threads of its own calls the kernels straight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+# Runs per thread: enough to even out what other processes take, few enough that starting one costs nothing.
+RUNS = 8
+# Waking a thread takes as long as rounding this many weights.
+ALONE = 2**17
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_count() -> int:
+    """As many threads as torch uses where it is loaded; else OMP_NUM_THREADS, or every processor."""
+    if "torch" in sys.modules:
+        import torch
+
+        return torch.get_num_threads()
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdecimal() and int(named) > 0 else processors()
+
+
+def over_rows(rows: int, columns: int, work: Callable[[int, int], None], multiple: int = 1) -> None:
+    """Call `work(start, stop)` for runs that make up all rows, on several threads.
+
+    Args:
+        columns: weights in a row, to judge what the work is worth.
+        multiple: runs start at multiples of this.
+    """
+    threads = thread_count()
+    if threads == 1 or rows * columns <= ALONE:
+        return work(0, rows)
+    step = max(1, -(-rows // (threads * RUNS * multiple))) * multiple
+    starts = itertools.count(0, step)
+
+    def take() -> None:
+        while (start := next(starts)) < rows:
+            work(start, min(start + step, rows))
+
+    helpers = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
+    try:
+        take()
+    finally:
+        for helper in helpers:
+            helper.result()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="fewbits-kernel")
+    return _pools[threads]
+
+
+if hasattr(os, "register_at_fork"):
+    # A child has none of its parent's threads.
+    os.register_at_fork(after_in_child=_pools.clear)
