@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewbits.checkpoints.buffers import bytes_of
 from fewbits.checkpoints.folder import find_companions, read_config, require_folder, weight_files
 from fewbits.checkpoints.headers import DAMAGED, WeightFile, shown
 from fewbits.errors import CheckpointError
@@ -23,6 +24,8 @@ from fewbits.notes import Note
 
 if TYPE_CHECKING:
     import torch
+
+    from fewbits.checkpoints.buffers import Content
 
 QUANTIZED_SUFFIXES = (
     ".weight_packed",
@@ -190,12 +193,11 @@ class TensorReader:
         self._fill(entry, start * row_bytes, raw)
         return raw.view(entry.torch_dtype).view(shape)
 
-    def read_bytes(self, name: str, start: int, out: torch.Tensor) -> None:
+    def read_bytes(self, name: str, start: int, out: Content) -> None:
         """Fill contiguous `out` with the tensor's bytes from byte `start` on."""
         entry = self._entry(name)
-        nbytes = out.numel() * out.element_size()
-        if not 0 <= start <= start + nbytes <= entry.nbytes:
-            raise ValueError(f"tensor {name} has {entry.nbytes} bytes; {nbytes} from {start} on were asked for")
+        if not 0 <= start <= start + out.nbytes <= entry.nbytes:
+            raise ValueError(f"tensor {name} has {entry.nbytes} bytes; {out.nbytes} from {start} on were asked for")
         self._fill(entry, start, out)
 
     def forget(self, name: str) -> None:
@@ -231,14 +233,10 @@ class TensorReader:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return descriptor
 
-    def _fill(self, entry: TensorEntry, start: int, out: torch.Tensor) -> None:
-        if out.numel() == 0:
+    def _fill(self, entry: TensorEntry, start: int, out: Content) -> None:
+        if out.nbytes == 0:
             return
-        import torch
-
-        if not out.is_contiguous():
-            raise ValueError("tensors are read into contiguous memory only")
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        view = bytes_of(out)
         descriptor, done = self._descriptor(entry.file), 0
         while done < len(view):
             part = view[done : done + LARGEST_READ]

@@ -12,11 +12,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewbits.checkpoints.buffers import bytes_of, contiguous
 from fewbits.errors import OutputError
 from fewbits.layout import Shard
 
 if TYPE_CHECKING:
-    import torch
+    from fewbits.checkpoints.buffers import Content
 
 UNFINISHED_SUFFIX = ".unfinished"
 # macOS refuses to write 2 GiB or more at once, and Linux stops short of it.
@@ -72,7 +73,7 @@ def sync_folder(folder: Path) -> None:
 class ShardWriter:
     """Writes one shard. Different tensors may be written in any order, each from its first byte to its last.
 
-    Bytes are hashed as they come. Use from one thread at a time; the interpreter lock is released for the long parts.
+    Bytes are hashed as they come. Each tensor may have a thread of its own; the interpreter is released meanwhile.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
@@ -100,18 +101,16 @@ class ShardWriter:
                 if error.errno not in CANNOT_RESERVE:
                     raise
 
-    def write(self, name: str, tensor: torch.Tensor, byte_offset: int = 0) -> None:
+    def write(self, name: str, content: Content, byte_offset: int = 0) -> None:
         """Write bytes of a tensor, from `byte_offset` on; all of them in one call, or run by run in order.
 
         Raises:
             OutputError: the disk is full or fails.
             ValueError: the bytes are not the next ones of a tensor of this shard.
         """
-        import torch
-
         if name not in self._sizes:
             raise ValueError(f"{self.shard.file} has no tensor {name}")
-        view = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        view = bytes_of(contiguous(content))
         written, size = self._written[name], self._sizes[name]
         if byte_offset != written:
             raise ValueError(f"{name}: byte {written} of {size} is next, got byte {byte_offset}")
