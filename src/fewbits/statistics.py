@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows that are brought to fp32 at a time: at 1536 columns their copy just stays in the last-level cache.
-ROWS = 2048
+from fewbits.fp32_products import fast_fp32
+
+# Bytes of rows brought to fp32 at a time, so that they stay in the last-level cache, and the fewest rows at a time.
+PART_BYTES = 12 << 20
+FEWEST_ROWS = 256
 # Rows of H computed at a time: more of them compute more that symmetry gives for free, fewer run below full speed.
-# Of 64 to 512, 96 to 128 were the fastest at widths 576, 1536 and 4096 (Zen 4, two threads).
-PANEL = 128
+# At widths 576, 1536 and 4096 (Zen 4, two threads) these were within a tenth of the fastest.
+NARROW_PANEL, PANEL = 128, 256
+NARROW = 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class StatisticsAccumulator:
         self._absolute = torch.zeros(width, dtype=torch.float64, device=device)
         self._weight = 0.0
         self._squared_weight = 0.0
+        self._panel = NARROW_PANEL if width <= NARROW else PANEL
+        self._rows = max(FEWEST_ROWS, PART_BYTES // (4 * width))
+        # Kept from call to call: fresh memory of this size costs more than what is done with it.
+        self._part = torch.empty(0, width, device=device)
+        self._scratch = torch.empty(0, width, device=device)
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows.
@@ -55,35 +64,40 @@ class StatisticsAccumulator:
         if weights is not None and weights.numel() != len(rows):
             raise ValueError(f"{len(rows)} rows of input, but {weights.numel()} weights")
         self.tokens += len(rows)
-        for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS].float()
+        if len(self._part) < min(len(rows), self._rows):
+            self._part = self._part.new_empty(min(len(rows), self._rows), self.width)
+            self._scratch = torch.empty_like(self._part)
+        for start in range(0, len(rows), self._rows):
+            count = min(self._rows, len(rows) - start)
+            part = self._part[:count].copy_(rows[start : start + count])
             self._add_magnitudes(part)
             if weights is None:
-                self._weight += len(part)
-                self._squared_weight += len(part)
+                self._weight += count
+                self._squared_weight += count
             else:
-                weight = weights[start : start + ROWS].double()
+                weight = weights[start : start + count].double()
                 self._weight += float(weight.sum())
                 self._squared_weight += float(weight.square().sum())
                 # The root goes onto the rows in fp32: rounding weighted rows to bf16 again would cost accuracy.
-                part = part * weight.sqrt().float()[:, None]
+                part.mul_(weight.sqrt().float()[:, None])
             self._add_gram(part)
 
     def _add_magnitudes(self, rows: torch.Tensor) -> None:
-        absolute = rows.abs()
+        absolute = torch.abs(rows, out=self._scratch[: len(rows)])
         torch.maximum(self._absmax, absolute.amax(0), out=self._absmax)
         self._absolute += absolute.sum(0)
 
     def _add_gram(self, rows: torch.Tensor) -> None:
-        for top in range(0, self.width, PANEL):
-            panel = slice(top, top + PANEL)
-            self._gram[panel, top:].addmm_(rows[:, panel].T, rows[:, top:])
+        with fast_fp32():
+            for top in range(0, self.width, self._panel):
+                panel = slice(top, top + self._panel)
+                self._gram[panel, top:].addmm_(rows[:, panel].T, rows[:, top:])
 
     def finish(self) -> Statistics:
         """The Statistics of all rows added so far."""
         gram = self._gram
-        for top in range(0, self.width, PANEL):
-            below, panel = slice(top + PANEL, None), slice(top, top + PANEL)
+        for top in range(0, self.width, self._panel):
+            below, panel = slice(top + self._panel, None), slice(top, top + self._panel)
             gram[below, panel] = gram[panel, below].T
         effective = self._weight**2 / self._squared_weight if self._squared_weight else 0.0
         absmean = (self._absolute / max(self.tokens, 1)).float()

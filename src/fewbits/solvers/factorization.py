@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fewbits.fp32_products import fast_fp32
+
 DAMPING = 0.01
 # Each step damps ten times more than the one before.
 DAMPING_STEPS = 5
+# Triangles this wide are inverted by substitution, wider ones by halves.
+SMALL_TRIANGLE = 256
 
 
 @dataclass(frozen=True)
@@ -55,5 +59,21 @@ def _inverse_upper(H: torch.Tensor, added: float) -> torch.Tensor | None:
     if failed.item() or not torch.isfinite(L.diagonal()).all():
         return None
     M = L.flip(0, 1)
-    U = torch.linalg.solve_triangular(M, torch.eye(len(M), dtype=M.dtype, device=M.device), upper=True)
+    U = torch.zeros_like(M, memory_format=torch.contiguous_format)
+    with fast_fp32():
+        _invert_upper(M, U)
     return U if bool(torch.isfinite(U).all()) else None
+
+
+def _invert_upper(M: torch.Tensor, U: torch.Tensor) -> None:
+    """Write the inverse of the upper triangular M into U, zeros so far: [[A, B], [0, C]]⁻¹ has −A⁻¹ B C⁻¹ on top."""
+    size = len(M)
+    if size <= SMALL_TRIANGLE:
+        torch.linalg.solve_triangular(M, torch.eye(size, dtype=M.dtype, device=M.device), upper=True, out=U)
+        return
+    half = size // 2
+    first, rest = slice(0, half), slice(half, size)
+    _invert_upper(M[first, first], U[first, first])
+    _invert_upper(M[rest, rest], U[rest, rest])
+    torch.mm(U[first, first] @ M[first, rest], U[rest, rest], out=U[first, rest])
+    U[first, rest].neg_()

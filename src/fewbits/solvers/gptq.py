@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fewbits.fp32_products import fast_fp32
 from fewbits.kernels.gptq_sweep import sweep_block
 from fewbits.kernels.rounding import search_grid
 from fewbits.numerics import Search
@@ -23,7 +24,10 @@ from fewbits.solvers.solution import Solution
 
 # Columns swept at a time where a scale spans the whole row.
 BLOCK = 128
-
+# Columns of H multiplied at a time where its symmetry saves half.
+PANEL = 512
+# Rows compared with plain rounding; only if one of them came out worse, all are.
+SAMPLED_ROWS = 64
 
 DEFAULT_SEARCH = Search(steps=31, narrowest=0.8, power=2)
 
@@ -45,6 +49,10 @@ class GptqOptions:
 DEFAULTS = GptqOptions()
 
 
+# Codes uint8 [N, K], scales [N, G], zero points uint8 [N, G] or None.
+Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
 def solve(
     W: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, H: torch.Tensor, options: GptqOptions = DEFAULTS
 ) -> Solution:
@@ -54,21 +62,21 @@ def solve(
     """
     W = W.to(torch.float32)
     K = W.shape[1]
-    diagonal = H.diagonal()
-    dead = diagonal <= 0
-    H = H.clone()
-    H.diagonal()[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
-    order = _order(H.diagonal(), scheme.group_size or K) if options.ordered else torch.arange(K)
-    factor = inverse_factor(H[order][:, order], options.damping)
-    notes: list[tuple[str, str]] = []
+    dead = H.diagonal() <= 0
+    living = H.clone()
+    living.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
+    diagonal = living.diagonal()
+    order = _order(diagonal, scheme.group_size or K) if options.ordered else torch.arange(K)
+    factor = inverse_factor(living[order][:, order], options.damping)
     if factor is None:
-        notes.append(("rounded plainly", "its statistic cannot be factored"))
-        codes, scales, zeros = _rounded(W, scheme, scale_dtype, options.search, H.diagonal())
-    else:
-        if factor.trouble is not None:
-            notes.append(("solved with a doctored statistic", factor.trouble))
-        codes, scales, zeros = _sweep(W, factor.U, order, H.diagonal(), scheme, scale_dtype, options)
-    return _solution(W, codes, scales, zeros, scheme, H, notes)
+        rounded = _rounded(W, scheme, scale_dtype, options.search, diagonal)
+        return _solution(W, rounded, scheme, H, (("rounded plainly", "its statistic cannot be factored"),))
+    notes = () if factor.trouble is None else (("solved with a doctored statistic", factor.trouble),)
+    solved, swept_error = _sweep(W, factor.U, order, diagonal, scheme, scale_dtype, options)
+    if _restore_worse_rows(W, solved, scheme, options.search, H) or factor.trouble is not None:
+        return _solution(W, solved, scheme, H, notes)
+    # The sweep's own loss is that by the damped H.
+    return _solution(W, solved, scheme, H, notes, (swept_error, diagonal - H.diagonal() + factor.damping))
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
@@ -88,7 +96,8 @@ def _sweep(
     scheme: Scheme,
     scale_dtype: torch.dtype,
     options: GptqOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[Grid, torch.Tensor]:
+    """Codes, scales and zero points, and each row's loss by the H that U was made from, fp64 [N]."""
     N, K = W.shape
     group = scheme.group_size or K
     remaining = W.T[order].contiguous()
@@ -96,6 +105,7 @@ def _sweep(
     scales = torch.empty(N, K // group, dtype=scale_dtype)
     zeros = torch.empty(N, K // group, dtype=torch.uint8)
     importance = diagonal[order]
+    loss = torch.zeros(N, dtype=torch.float64)
     fixed = (
         None if options.refit and scheme.group_size else search_grid(W, scheme, scale_dtype, options.search, diagonal)
     )
@@ -116,15 +126,17 @@ def _sweep(
             remaining[start:stop], U[start:stop, start:stop].contiguous(), scale.float(), zero.float(),
             scheme.largest_code,
         )  # fmt: skip
-        remaining[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        loss += errors.square().sum(0)
+        with fast_fp32():
+            remaining[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     restored = torch.empty_like(codes)
     restored[order] = codes
-    return restored.T.contiguous(), scales, None if scheme.symmetric else zeros
+    return (restored.T.contiguous(), scales, None if scheme.symmetric else zeros), loss
 
 
 def _rounded(
     W: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: Search, importance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> Grid:
     scales, zeros = search_grid(W, scheme, scale_dtype, search, importance)
     grouped = W.view(W.shape[0], scales.shape[1], -1)
     offset = zeros.float()[:, :, None]
@@ -132,22 +144,59 @@ def _rounded(
     return codes.to(torch.uint8).view(W.shape), scales, None if scheme.symmetric else zeros
 
 
+def _restore_worse_rows(W: torch.Tensor, solved: Grid, scheme: Scheme, search: Search, H: torch.Tensor) -> bool:
+    """Round plainly, in place, the rows that came out worse than that by H: at 2 bits some do. Says whether any did."""
+    rows = torch.arange(0, len(W), max(1, len(W) // SAMPLED_ROWS))
+    while True:
+        codes, scales, zeros = (None if part is None else part[rows] for part in solved)
+        assert codes is not None and scales is not None
+        rounded = _rounded(W[rows], scheme, scales.dtype, search, H.diagonal())
+        error = _quadratic(W[rows] - decode_codes(codes, scales, zeros, scheme), H)
+        worse = error > _quadratic(W[rows] - decode_codes(*rounded, scheme), H)
+        if not bool(worse.any()):
+            return False
+        if len(rows) == len(W):
+            break
+        rows = torch.arange(len(W))
+    for part, plain in zip(solved, rounded, strict=True):
+        if part is not None and plain is not None:
+            part[worse] = plain[worse]
+    return True
+
+
+def _quadratic(rows: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """The diagonal of rows · H · rowsᵀ, fp64 [N], from the upper triangle of H."""
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    with fast_fp32():
+        for start in range(0, len(H), PANEL):
+            panel, behind = slice(start, start + PANEL), slice(start + PANEL, None)
+            left = rows[:, panel].contiguous()
+            total += ((left @ H[panel, panel]) * left).sum(1)
+            total += 2 * ((left @ H[panel, behind]) * rows[:, behind]).sum(1)
+    return total
+
+
 def _solution(
     W: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    solved: Grid,
     scheme: Scheme,
     H: torch.Tensor,
-    notes: list[tuple[str, str]],
+    notes: tuple[tuple[str, str], ...],
+    damped: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Solution:
-    decoded = decode_codes(codes, scales, zeros, scheme)
+    """The solution with what it lost; `damped` is the loss by H plus a diagonal, and that diagonal, if known."""
+    decoded = decode_codes(*solved, scheme)
     missed = W - decoded
+    if damped is None:
+        output_error = _quadratic(missed, H)
+    else:
+        loss, added = damped
+        output_error = (loss - missed.square() @ added).clamp_min(0)
     return Solution(
-        codes, scales, zeros, decoded,
-        squared_error=missed.double().square().sum(1),
-        squared_norm=W.double().square().sum(1),
-        output_error=((missed @ H) * missed).double().sum(1),
-        output_norm=((W @ H) * W).double().sum(1),
-        notes=tuple(notes),
+        *solved, decoded,
+        squared_error=missed.square().sum(1, dtype=torch.float64),
+        squared_norm=W.square().sum(1, dtype=torch.float64),
+        output_error=output_error,
+        output_norm=_quadratic(W, H),
+        notes=notes,
     )  # fmt: skip
