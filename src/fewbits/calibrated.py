@@ -17,9 +17,10 @@ from fewbits.checkpoints.journal import Journal
 from fewbits.checkpoints.partial import PartialFolder
 from fewbits.checkpoints.reader import TensorReader
 from fewbits.checkpoints.writer import ShardWriter
-from fewbits.convert import NonFiniteWeights, ShardWork, holds_nonfinite
+from fewbits.convert import NonFiniteWeights, ShardWork
 from fewbits.formats import FORMATS
 from fewbits.importance import measure_importance
+from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.plan import Plan
@@ -138,7 +139,7 @@ class CalibratedConversion:
                 if layer is None:
                     content = torch.empty(entry.nbytes, dtype=torch.uint8)
                     reader.read_bytes(entry.name, 0, content)
-                    if holds_nonfinite(content, entry.dtype):
+                    if holds_nonfinite(content.numpy(), entry.dtype):
                         raise NonFiniteWeights(entry, None)
                     writer.write(entry.name, content)
                     continue

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from fewbits.checkpoints.reader import TensorReader
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.errors import QuantizationError
-from fewbits.formats import FORMATS
+from fewbits.formats import FORMATS, compressed_tensors
+from fewbits.formats.compressed_tensors_rows import encode_rows
+from fewbits.kernels.rows import code_bytes, holds_nonfinite, round_tile
+from fewbits.kernels.threads import thread_count
 from fewbits.layout import TensorEntry
-from fewbits.pipeline import BUFFERS, Channel, ReadTile, Stations, Tile, TileReader, tiles
+from fewbits.pipeline import Team, Tile, Work, tiles
 from fewbits.plan import Plan, PlannedLayer
 from fewbits.progress import Progress
 from fewbits.report import LayerRecord, layer_record
-from fewbits.solvers.rtn import quantize_rows
+from fewbits.search import DATA_FREE_SEARCH
+
+if TYPE_CHECKING:
+    from fewbits.checkpoints.buffers import Content
+
+# Beyond this many, threads would only wait for the disk; each has its own buffers.
+MOST_THREADS = 16
+Source = tuple[TensorEntry, PlannedLayer | None]
 
 
 class NonFiniteWeights(QuantizationError):
@@ -35,7 +48,7 @@ class ShardWork:
     """One shard to write: its number in the plan, and the source tensors that go into it."""
 
     number: int
-    sources: tuple[tuple[TensorEntry, PlannedLayer | None], ...]
+    sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
@@ -48,37 +61,14 @@ class FinishedShard:
 
 
 @dataclass
-class _Errors:
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Write:
-    name: str
-    content: torch.Tensor
-    release: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True)
-class _CloseShard:
-    number: int
-    layers: tuple[LayerRecord, ...]
-
-
-_Order = _Write | _CloseShard
-
-
-@dataclass
 class Conversion:
-    """Converts the given shards of a plan, in order; `on_finished` is called as each reaches the disk."""
+    """Converts the given shards of a plan; `on_finished` is called, from a thread, as each reaches the disk."""
 
     plan: Plan
     open_shard: Callable[[int], ShardWriter]
     on_finished: Callable[[FinishedShard], None]
     progress: Progress
     allow_nonfinite: bool = False
-    _records: list[LayerRecord] = field(default_factory=list)
 
     def run(self, shards: Sequence[ShardWork]) -> None:
         """Stream all `shards`.
@@ -86,79 +76,188 @@ class Conversion:
         Raises:
             NonFiniteWeights: a weight that was to be quantized, or (unless allowed) any float tensor, is not finite.
         """
-        work = [[tile for source in shard.sources for tile in tiles(*source)] for shard in shards]
-        with Stations() as stations, TensorReader(self.plan.source) as reader:
-            tile_reader = TileReader(reader, [tile for shard in work for tile in shard], stations.stop)
-            orders: Channel[_Order] = Channel(2 * BUFFERS, stations.stop)
-            stations.start("reader", tile_reader.run)
-            stations.start("writer", lambda: self._write(shards, orders))
-            arriving = iter(tile_reader.read)
-            for shard, shard_tiles in zip(shards, work, strict=True):
-                self._records = []
-                errors = _Errors()
-                for _ in shard_tiles:
-                    item = next(arriving)
-                    errors = self._handle(item, errors, orders, tile_reader)
-                orders.put(_CloseShard(shard.number, tuple(self._records)))
-            orders.put(None)
+        opened = [_Shard(work, self.open_shard) for work in shards]
+        jobs = [(shard, place) for shard in opened for place in range(len(shard.work.sources))]
+        team = Team(len(jobs))
+        counters: list[_Counter] = []
+        reported = 0
 
-    def _handle(self, item: ReadTile, errors: _Errors, orders: Channel[_Order], reader: TileReader) -> _Errors:
-        tile = item.tile
-        if tile.layer is None:
-            if not self.allow_nonfinite and holds_nonfinite(item.content, tile.entry.dtype):
-                raise NonFiniteWeights(tile.entry, None)
-            orders.put(_Write(tile.entry.name, item.content, lambda: reader.give_back(item)))
-        else:
-            self._quantize(tile, tile.layer, item.content, errors, orders)
-            reader.give_back(item)
-        self.progress.advance(tile.stop - tile.start, tile.entry.name)
-        if tile.is_last:
-            if tile.layer is not None:
-                self._records.append(layer_record(tile.layer, errors.squared_error, errors.squared_norm))
-            return _Errors()
-        return errors
+        def watch() -> None:
+            nonlocal reported
+            done = sum(counter.bytes for counter in counters)
+            if done > reported:
+                self.progress.advance(done - reported, counters[-1].name)
+                reported = done
 
-    def _quantize(
-        self, tile: Tile, layer: PlannedLayer, content: torch.Tensor, errors: _Errors, orders: Channel[_Order]
-    ) -> None:
-        assert layer.method is not None
-        weight = content.view(tile.entry.torch_dtype).view(tile.rows, layer.shape[1])
-        quantized = quantize_rows(weight, layer.method)
-        if quantized.nonfinite:
-            raise NonFiniteWeights(tile.entry, layer.name)
-        errors.squared_error += quantized.squared_error
-        errors.squared_norm += quantized.squared_norm
-        encoded = FORMATS[self.plan.format].encode(layer.name, quantized.weight, layer.shape, tile.first_row)
-        for name, tensor in encoded.items():
-            orders.put(_Write(name, tensor))
+        closer = _Closer(self.on_finished, lambda error: team.fail(-1, error))
+        with TensorReader(self.plan.source) as reader:
 
-    def _write(self, shards: Sequence[ShardWork], orders: Channel[_Order]) -> None:
-        writer: ShardWriter | None = None
-        written: dict[str, int] = {}
-        waiting = iter(shards)
+            def prepare() -> Work:
+                counter = _Counter()
+                counters.append(counter)
+                worker = _Worker(self.plan.format, reader, counter, self.allow_nonfinite)
+
+                def work(job: int, check: Callable[[], None]) -> None:
+                    shard, place = jobs[job]
+                    if shard.fill(place, worker, check):
+                        closer.close(shard)
+
+                return work
+
+            try:
+                team.run(min(thread_count(), MOST_THREADS, len(jobs)), prepare, watch)
+            finally:
+                closer.finish()
+                for shard in opened:
+                    shard.abort()
+        closer.raise_failure()
+
+
+@dataclass
+class _Counter:
+    bytes: int = 0
+    name: str = ""
+
+
+class _Shard:
+    """A shard under way: opened when its first tensor comes, full when its last is written."""
+
+    def __init__(self, work: ShardWork, open_shard: Callable[[int], ShardWriter]) -> None:
+        self.work = work
+        self._open = open_shard
+        self._writer: ShardWriter | None = None
+        self._lock = threading.Lock()
+        self._left = len(work.sources)
+        self._records: dict[int, LayerRecord] = {}
+
+    def fill(self, place: int, worker: _Worker, check: Callable[[], None]) -> bool:
+        """Write what the source tensor at `place` becomes; True if it was the last that was missing."""
+        with self._lock:
+            if self._writer is None:
+                self._writer = self._open(self.work.number)
+        record = worker.convert(self.work.sources[place], self._writer, check)
+        with self._lock:
+            if record is not None:
+                self._records[place] = record
+            self._left -= 1
+            return self._left == 0
+
+    def close(self) -> FinishedShard:
+        """Bring the shard to the disk."""
+        assert self._writer is not None
+        records = tuple(self._records[place] for place in sorted(self._records))
+        return FinishedShard(self.work.number, self._writer.close(), records)
+
+    def abort(self) -> None:
+        """Delete what is not whole."""
+        if self._writer is not None:
+            self._writer.abort()
+
+
+class _Closer:
+    """Brings full shards to the disk in a thread of its own: the others need not wait for it."""
+
+    def __init__(self, on_finished: Callable[[FinishedShard], None], on_failure: Callable[[BaseException], None]):
+        self._on_finished = on_finished
+        self._on_failure = on_failure
+        self._full: queue.SimpleQueue[_Shard | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self, shard: _Shard) -> None:
+        """Have a shard closed."""
+        self._full.put(shard)
+
+    def finish(self) -> None:
+        """Wait until all that are full are closed."""
+        self._full.put(None)
+        self._thread.join()
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
         try:
-            for order in orders:
-                if writer is None:
-                    writer = self.open_shard(next(waiting).number)
-                    written = {}
-                if isinstance(order, _CloseShard):
-                    self.on_finished(FinishedShard(order.number, writer.close(), order.layers))
-                    writer = None
-                    continue
-                offset = written.get(order.name, 0)
-                writer.write(order.name, order.content, offset)
-                written[order.name] = offset + order.content.numel() * order.content.element_size()
-                if order.release is not None:
-                    order.release()
-        finally:
-            if writer is not None:
-                writer.abort()
+            while (shard := self._full.get()) is not None:
+                self._on_finished(shard.close())
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            self._failure = error
+            self._on_failure(error)
 
 
-def holds_nonfinite(content: torch.Tensor, dtype: str) -> bool:
-    """Whether raw bytes of the given dtype hold a NaN or an infinity, by the exponent bits alone."""
-    masks = {"BF16": (torch.int16, 0x7F80), "F16": (torch.int16, 0x7C00), "F32": (torch.int32, 0x7F800000)}
-    if dtype not in masks:
-        return False
-    integer, exponent = masks[dtype]
-    return bool(((content.view(integer) & exponent) == exponent).any())
+@dataclass
+class _Worker:
+    """What one thread has: a buffer for tiles as they are read, and one for their codes."""
+
+    format: str
+    reader: TensorReader
+    counter: _Counter
+    allow_nonfinite: bool
+    _buffers: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    def convert(self, source: Source, writer: ShardWriter, check: Callable[[], None]) -> LayerRecord | None:
+        """Write what a source tensor becomes; the record of a layer that was quantized."""
+        entry, layer = source
+        self.counter.name = entry.name
+        written: dict[str, int] = {}
+        error = norm = 0.0
+        for tile in tiles(entry, layer):
+            check()
+            content = self._buffer("read", tile.stop - tile.start)
+            self.reader.read_bytes(entry.name, tile.start, content)
+            if layer is None:
+                if not self.allow_nonfinite and holds_nonfinite(content, entry.dtype):
+                    raise NonFiniteWeights(entry, None)
+                writer.write(entry.name, content, tile.start)
+            else:
+                encoded, tile_error, tile_norm = self._round(tile, layer, content)
+                error += tile_error
+                norm += tile_norm
+                _write(writer, encoded, written)
+            self.counter.bytes += tile.stop - tile.start
+        return None if layer is None else layer_record(layer, error, norm)
+
+    def _round(self, tile: Tile, layer: PlannedLayer, content: Any) -> tuple[Mapping[str, Content], float, float]:
+        assert layer.method is not None
+        if self.format != compressed_tensors.NAME:
+            return _round_with_torch(self.format, tile, layer, content)
+        scheme, columns = layer.method.scheme, layer.shape[1]
+        row_bytes = tile.entry.nbytes // tile.entry.shape[0]
+        codes = self._buffer("codes", content.size // row_bytes * code_bytes(scheme, columns))
+        rows = round_tile(content, tile.entry.dtype, columns, scheme, DATA_FREE_SEARCH, codes)
+        if rows.nonfinite:
+            raise NonFiniteWeights(tile.entry, layer.name)
+        encoded = encode_rows(layer.name, rows, scheme, layer.shape, tile.first_row)
+        return encoded, rows.squared_error, rows.squared_norm
+
+    def _buffer(self, name: str, size: int) -> np.ndarray[Any, Any]:
+        """Memory that is touched once and used again: fresh pages cost more than the rounding."""
+        if name not in self._buffers or self._buffers[name].size < size:
+            self._buffers[name] = np.empty(size, np.uint8)
+        return self._buffers[name][:size]
+
+
+def _write(writer: ShardWriter, encoded: Mapping[str, Content], written: dict[str, int]) -> None:
+    for name, content in encoded.items():
+        offset = written.get(name, 0)
+        writer.write(name, content, offset)
+        written[name] = offset + content.nbytes
+
+
+def _round_with_torch(
+    format: str, tile: Tile, layer: PlannedLayer, content: Any
+) -> tuple[Mapping[str, Content], float, float]:
+    """For formats that take weights as tensors only."""
+    import torch
+
+    from fewbits.solvers.rtn import quantize_rows
+
+    assert layer.method is not None
+    weight = torch.from_numpy(content).view(tile.entry.torch_dtype).view(-1, layer.shape[1])
+    rounded = quantize_rows(weight, layer.method)
+    if rounded.nonfinite:
+        raise NonFiniteWeights(tile.entry, layer.name)
+    encoded = FORMATS[format].encode(layer.name, rounded.weight, layer.shape, tile.first_row)
+    return encoded, rounded.squared_error, rounded.squared_norm

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ def fast_fp32() -> Iterator[None]:
     if not _onednn_is_exact():
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = _onednn_settings()
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -35,8 +36,8 @@ def fast_fp32() -> Iterator[None]:
 
 @cache
 def _onednn_is_exact() -> bool:
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None or not torch.backends.mkldnn.is_available() or not hasattr(settings, "fp32_precision"):
+    settings = _onednn_settings()
+    if settings is None or not torch._C._has_mkldnn or not hasattr(settings, "fp32_precision"):
         return False
     generator = torch.Generator().manual_seed(0)
     left, right = torch.rand((2, PROBE_WIDTH, PROBE_WIDTH), generator=generator)
@@ -50,6 +51,10 @@ def _onednn_is_exact() -> bool:
     finally:
         settings.fp32_precision = before
     return _close(product, left.double() @ right.double()) and _close(summed, left.double().T @ right.double())
+
+
+def _onednn_settings() -> Any:
+    return getattr(torch.backends.mkldnn, "matmul", None)
 
 
 def _close(product: torch.Tensor, exact: torch.Tensor) -> bool:

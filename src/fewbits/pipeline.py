@@ -1,26 +1,21 @@
-"""The streamed conversion of one shard: a reader, the kernels and a writer, each in a thread, passing tiles along.
+"""The streamed conversion: tensors cut into tiles, and threads that take one tensor after another.
 
-A tile is a run of whole rows of one weight, or a run of bytes of a tensor that is carried over. Buffers circulate, so
-that memory stays the same whatever the size of a tensor, and no fresh page is touched after the first tiles.
+A thread reads, rounds, hashes and writes a tile before the next, in buffers of its own that stay in the cache. While
+one waits for the disk, the others compute. No tile changes hands, and each tensor's bytes come in order.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
-import torch
-
-from fewbits.checkpoints.reader import TensorReader
 from fewbits.layout import TensorEntry
 from fewbits.plan import TILE_BYTES, PlannedLayer
 
 # A tile's height is a multiple of this: zero points pack up to 32 rows into one word.
 ROW_MULTIPLE = 32
-BUFFERS = 4
+WATCH_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,19 +29,7 @@ class Tile:
 
     @property
     def first_row(self) -> int:
-        return self.start // self.row_bytes
-
-    @property
-    def rows(self) -> int:
-        return (self.stop - self.start) // self.row_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        return self.entry.nbytes // self.entry.shape[0]
-
-    @property
-    def is_last(self) -> bool:
-        return self.stop == self.entry.nbytes
+        return self.start // (self.entry.nbytes // self.entry.shape[0])
 
 
 def tiles(entry: TensorEntry, layer: PlannedLayer | None, tile_bytes: int = TILE_BYTES) -> Iterator[Tile]:
@@ -59,110 +42,77 @@ def tiles(entry: TensorEntry, layer: PlannedLayer | None, tile_bytes: int = TILE
         yield Tile(entry, layer, start, min(start + step, entry.nbytes))
 
 
-Item = TypeVar("Item")
-
-
-class Channel(Generic[Item]):
-    """A bounded queue that ends, and that carries the other side's failure."""
-
-    def __init__(self, capacity: int, stop: threading.Event) -> None:
-        self._queue: queue.Queue[Item | None] = queue.Queue(capacity)
-        self._stop = stop
-
-    def put(self, item: Item | None) -> None:
-        """Wait for room; give up when the pipeline stops."""
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-        raise Stopped
-
-    def get(self) -> Item | None:
-        """Wait for an item; None is the end."""
-        while not self._stop.is_set():
-            try:
-                return self._queue.get(timeout=0.1)
-            except queue.Empty:
-                continue
-        raise Stopped
-
-    def __iter__(self) -> Iterator[Item]:
-        while (item := self.get()) is not None:
-            yield item
-
-
 class Stopped(Exception):
-    """Another station failed; its error is the one to show."""
+    """An earlier job failed, or the run was interrupted; this one need not go on."""
 
 
-@dataclass(frozen=True)
-class ReadTile:
-    """A tile and its bytes, in a buffer that is to be given back."""
-
-    tile: Tile
-    content: torch.Tensor
-    buffer: torch.Tensor
+# A job, by its number and a function to call now and then, which raises Stopped.
+Work = Callable[[int, Callable[[], None]], None]
 
 
-class TileReader:
-    """Reads tiles ahead in a thread of its own."""
+class Team:
+    """Threads that take numbered jobs in order. Of several failures the one with the least number is raised.
 
-    def __init__(self, reader: TensorReader, work: list[Tile], stop: threading.Event) -> None:
-        self.read: Channel[ReadTile] = Channel(BUFFERS, stop)
-        self._free: Channel[torch.Tensor] = Channel(BUFFERS, stop)
-        self._reader = reader
-        self._work = work
-        largest = max((tile.stop - tile.start for tile in work), default=0)
-        for _ in range(BUFFERS):
-            self._free.put(torch.empty(largest, dtype=torch.uint8))
+    After a failure no job begins, later ones stop where they are, and earlier ones go on: which failure is found does
+    not depend on the threads.
+    """
 
-    def give_back(self, item: ReadTile) -> None:
-        """The tile's buffer may be read into again."""
-        self._free.put(item.buffer)
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._next = 0
+        self._lock = threading.Lock()
+        self._limit = jobs
+        self._failures: dict[int, BaseException] = {}
 
-    def run(self) -> None:
-        for tile in self._work:
-            buffer = self._free.get()
-            if buffer is None:
-                return
-            content = buffer[: tile.stop - tile.start]
-            self._reader.read_bytes(tile.entry.name, tile.start, content)
-            self.read.put(ReadTile(tile, content, buffer))
-        self.read.put(None)
+    def run(self, threads: int, prepare: Callable[[], Work], watch: Callable[[], None]) -> None:
+        """Do all jobs.
 
+        Args:
+            prepare: called in each thread; returns what the thread does for each job.
+            watch: called now and then from the caller's thread.
+        """
+        team = [threading.Thread(target=self._take, args=(prepare,), daemon=True) for _ in range(threads)]
+        try:
+            for thread in team:
+                thread.start()
+            for thread in team:
+                while thread.is_alive():
+                    thread.join(WATCH_EVERY_S)
+                    watch()
+        finally:
+            # Only an interruption finds threads still running here.
+            self._limit = min(self._limit, -1 if any(thread.is_alive() for thread in team) else self._limit)
+            for thread in team:
+                thread.join()
+        if self._failures:
+            raise self._failures[min(self._failures)]
 
-class Stations:
-    """Runs the stations beside the caller and raises the first failure of any of them."""
+    def fail(self, job: int, error: BaseException) -> None:
+        """Have `error` raised, and later jobs stopped; -1 stops all."""
+        with self._lock:
+            self._failures.setdefault(job, error)
+            self._limit = min(self._limit, job)
 
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self._failures: list[BaseException] = []
-        self._threads: list[threading.Thread] = []
-
-    def start(self, name: str, work: Callable[[], None]) -> None:
-        """Run `work` in a thread; its failure stops all stations."""
-
-        def guarded() -> None:
+    def _take(self, prepare: Callable[[], Work]) -> None:
+        try:
+            work = prepare()
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            return self.fail(-1, error)
+        while (job := self._claim()) is not None:
             try:
-                work()
+                work(job, lambda job=job: self._check(job))  # type: ignore[misc]
             except Stopped:
-                pass
-            except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
-                self._failures.append(error)
-                self.stop.set()
+                return
+            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+                self.fail(job, error)
 
-        thread = threading.Thread(target=guarded, name=f"fewbits-{name}", daemon=True)
-        thread.start()
-        self._threads.append(thread)
+    def _claim(self) -> int | None:
+        with self._lock:
+            if self._next >= self._jobs or self._next > self._limit:
+                return None
+            self._next += 1
+            return self._next - 1
 
-    def __enter__(self) -> Stations:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self.stop.set()
-        for thread in self._threads:
-            thread.join()
-        if self._failures and (error is None or isinstance(error, Stopped)):
-            raise self._failures[0] from None
+    def _check(self, job: int) -> None:
+        if job > self._limit:
+            raise Stopped
