@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from fewbits.evaluate import evaluate
     from fewbits.inspect import inspect
+    from fewbits.linear import QuantLinear
     from fewbits.methods import AWQ, GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod, SmoothQuant
     from fewbits.plan import plan
     from fewbits.quantize import quantize
@@ -74,6 +75,7 @@ _HOME = {
     ),
     "evaluate": ("evaluate",),
     "inspect": ("inspect",),
+    "linear": ("QuantLinear",),
     "methods": ("AWQ", "GPTQ", "Fp8E4M3", "Int4Asymmetric", "Int8Symmetric", "QuantMethod", "SmoothQuant"),
     "plan": ("plan",),
     "quantize": ("quantize",),
@@ -87,7 +89,7 @@ __all__ = [  # noqa: RUF022 - by kind, as one looks for them
     "QuantConfig", "QuantMethod", "Int8Symmetric", "Int4Asymmetric", "Fp8E4M3", "AWQ", "SmoothQuant", "GPTQ",
     "quantize_int8_symmetric", "dequantize_int8_symmetric", "quantize_int4_asymmetric", "dequantize_int4_asymmetric",
     "quantize_fp8_e4m3", "dequantize_fp8_e4m3", "smooth_quant_scales", "pack_int4", "unpack_int4",
-    "estimate_memory_savings", "QuantizedTensor", "QuantizedWeight",
+    "estimate_memory_savings", "QuantizedTensor", "QuantizedWeight", "QuantLinear",
     "FewbitsError", "QuantizationError", "ConfigError", "PlanError", "CheckpointError", "CalibrationError",
     "MissingDependencyError", "KernelError", "OutputError", "VerificationError",
 ]  # fmt: skip

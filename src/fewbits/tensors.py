@@ -55,6 +55,8 @@ class QuantizedWeight:
     zero_points: None if symmetric; else [out, groups]: int8 signed at 8 bits, uint8 unsigned below.
     W = (code − zero) · scale, where a symmetric code below 8 bits has zero 2^(bits−1), and at 8 bits 0.
     group_size: input channels per scale; 0 is per channel.
+    input_order: int64 [in], or None: position j of the codes holds the model's input channel input_order[j], as in GPTQ
+        files with activation order.
     """
 
     data: torch.Tensor
@@ -63,6 +65,7 @@ class QuantizedWeight:
     shape: tuple[int, int]
     method: QuantMethod
     group_size: int
+    input_order: torch.Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -71,7 +74,13 @@ class QuantizedWeight:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Decode to [out, in]: fp32 arithmetic, rounded once to `dtype` (the scales' dtype by default)."""
+        """Decode to [out, in]: fp32 arithmetic, rounded once to `dtype` (the scales' dtype by default).
+
+        Columns are in the model's order, whatever the order of the codes.
+        """
         from fewbits.packing import decode
 
-        return decode(self).to(dtype or self.scales.dtype)
+        decoded = decode(self).to(dtype or self.scales.dtype)
+        if self.input_order is None:
+            return decoded
+        return torch.empty_like(decoded).index_copy_(1, self.input_order, decoded)
