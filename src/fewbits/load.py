@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,12 +22,10 @@ from fewbits.errors import CalibrationError, CheckpointError, KernelError
 from fewbits.formats import FORMATS
 from fewbits.kernels.choose import choose
 from fewbits.kernels.spec import LinearSpec, machine_of
-from fewbits.layout import TensorEntry
 from fewbits.linear import QuantLinear
 from fewbits.notes import Note
 from fewbits.progress import Progress, Silent
 from fewbits.saving import keep_packed_when_saved
-from fewbits.schemes import Scheme
 from fewbits.skeleton import Recipe, build_model, convert, kept_in_fp32, parameter_recipes
 
 # Beyond the weights: what a forward of a few hundred tokens and the kernels' scratch take.

@@ -234,7 +234,8 @@ class TokenStep:
 
 
 def _product(linear: nn.Module, x: torch.Tensor) -> Array:
-    return as_numpy(linear.forward(x))[0]
+    row: Array = as_numpy(linear.forward(x))[0]
+    return row
 
 
 def _add(x: Array, update: Array | None, norm: Norm | None) -> None:

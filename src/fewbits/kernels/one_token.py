@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fewbits.kernels.compiling import SUMS, as_bits, as_float, widen
+from fewbits.kernels.compiling import SUMS, as_bits, widen
 
 # fp32 keeps eight lanes of partial sums; with one, a dot product would wait for each addition.
 FAST = SUMS | {"arcp", "afn"}
@@ -102,8 +102,18 @@ def remember(
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def attend(
-    q: Any, norm: Any, eps: Any, cosines: Any, sines: Any, scaling: Any, keys: Any, values: Any, first: Any,
-    position: Any, scores: Any, out: Any,
+    q: Any,
+    norm: Any,
+    eps: Any,
+    cosines: Any,
+    sines: Any,
+    scaling: Any,
+    keys: Any,
+    values: Any,
+    first: Any,
+    position: Any,
+    scores: Any,
+    out: Any,
 ) -> None:
     """Attention of one token's queries over cache positions first to position.
 
