@@ -14,14 +14,13 @@ from torch import nn
 
 from fewbits.errors import QuantizationError
 from fewbits.kernels.choose import choose, reasons_against
-from fewbits.kernels.spec import LinearSpec, Run, machine_of
+from fewbits.kernels.ops import MANY_TOKENS, Runs, linear, prepare, runs_of
+from fewbits.kernels.spec import LinearSpec, LinearWeight, machine_of
 from fewbits.methods import QuantMethod
 from fewbits.schemes import Scheme
 from fewbits.solvers.rtn import quantize_rows
 from fewbits.tensors import QuantizedWeight
 
-# Kernels change at certain numbers of tokens, the last of them below this.
-MANY_TOKENS = 1024
 SHOWN_TOKENS = (1, 16, 512)
 
 
@@ -50,7 +49,8 @@ class QuantLinear(nn.Module):
             raise QuantizationError(f"{name or 'bias'}: expected {self.out_features} biases, got {tuple(bias.shape)}")
         self.method, self.dtype, self.name = weight.method, dtype, name
         tensors = {
-            "codes": weight.data,
+            # float8 as its bits: pickle loses float8 tensors, and a cast of the model would reach them.
+            "codes": weight.data.view(torch.uint8) if weight.data.dtype == torch.float8_e4m3fn else weight.data,
             "scales": weight.scales,
             "zero_points": weight.zero_points,
             "input_order": weight.input_order,
@@ -58,7 +58,7 @@ class QuantLinear(nn.Module):
         }
         for buffer, tensor in tensors.items():
             self.register_buffer(buffer, None if tensor is None else tensor.detach().to(device))
-        self._runs: dict[tuple[int, torch.dtype], Run] = {}
+        self._prepared: Runs | None = None
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -98,8 +98,9 @@ class QuantLinear(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as formats write it; shares this layer's memory."""
         shape = (self.out_features, self.in_features)
+        codes = self.codes.view(torch.float8_e4m3fn) if self.scheme.kind == "float" else self.codes
         return QuantizedWeight(
-            self.codes, self.scales, self.zero_points, shape, self.method, self.scheme.group_size, self.input_order
+            codes, self.scales, self.zero_points, shape, self.method, self.scheme.group_size, self.input_order
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -109,7 +110,7 @@ class QuantLinear(nn.Module):
     def prepare(self, tokens: Iterable[int] = SHOWN_TOKENS) -> None:
         """Make ready now, for these numbers of tokens, what would otherwise be at the first call."""
         for count in tokens:
-            self._run(count, self.dtype)
+            prepare(self._runs, (min(count, MANY_TOKENS), self.dtype), self._stored(), self.bias)
 
     def kernels(self, tokens: Iterable[int] = SHOWN_TOKENS) -> dict[int, str]:
         """The kernel that each number of tokens runs on."""
@@ -128,37 +129,60 @@ class QuantLinear(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != self.in_features:
-            raise QuantizationError(f"{self.name or 'QuantLinear'}: expected {self.in_features} inputs, got {x.shape}")
-        rows = x.reshape(-1, self.in_features)
+        if x.shape[-1] != self.in_features or x.device != self.codes.device:
+            raise self._misfit(x)
         if self.input_order is not None:
-            rows = rows.index_select(1, self.input_order)
-        return self._run(rows.shape[0], x.dtype)(rows).view(*x.shape[:-1], self.out_features)
+            x = x.index_select(-1, self.input_order)
+        if (
+            torch.compiler.is_compiling()
+            or type(x) is not torch.Tensor
+            or (x.requires_grad and torch.is_grad_enabled())
+        ):
+            return self._operator(x)
+        rows = x.reshape(-1, self.in_features)
+        key = (min(rows.shape[0], MANY_TOKENS), x.dtype)
+        run = self._runs.get(key) or prepare(self._runs, key, self._stored(), self.bias)
+        return run(rows).view(*x.shape[:-1], self.out_features)
 
-    def _run(self, tokens: int, dtype: torch.dtype) -> Run:
-        key = (min(tokens, MANY_TOKENS), dtype)
-        if key not in self._runs:
-            weight = self.quantized_weight()
-            ordered = QuantizedWeight(
-                weight.data, weight.scales, weight.zero_points, weight.shape, weight.method, weight.group_size
-            )
-            self._runs[key] = choose(self.spec(key[0], dtype)).prepare(ordered, self.bias)
-        return self._runs[key]
+    def _operator(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as an operator that compiled graphs hold and gradients flow through."""
+        scheme = self.scheme
+        return linear(
+            x, self.codes, self.scales, self.zero_points, self.bias, self.in_features,
+            scheme.kind, scheme.bits, scheme.symmetric, scheme.group_size, scheme.activations is not None,
+        )  # fmt: skip
+
+    def _stored(self) -> LinearWeight:
+        shape = (self.out_features, self.in_features)
+        return LinearWeight(self.codes, self.scales, self.zero_points, shape, self.scheme)
+
+    def _misfit(self, x: torch.Tensor) -> QuantizationError:
+        return QuantizationError(
+            f"{self.name or 'QuantLinear'}: expected [..., {self.in_features}] on {self.codes.device}, "
+            f"got {list(x.shape)} on {x.device}"
+        )
+
+    @property
+    def _runs(self) -> Runs:
+        if self._prepared is None:
+            self._prepared = runs_of(self.codes)
+        return self._prepared
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._runs.clear()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        # A cast of the model's dtype must reach the bias, but neither scales nor float8 codes.
-        stored = {name: getattr(self, name).dtype for name in ("codes", "scales")}
-        before = {name: getattr(self, name) for name in stored}
-        super()._apply(fn, recurse)
-        for name, dtype in stored.items():
-            moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, before[name].to(moved.device))
-        self._runs.clear()
+        # A cast of the model's dtype reaches the bias, but must not round the scales.
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self._prepared = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_runs": {}}
+        return self.__dict__ | {"_prepared": None}
 
     def extra_repr(self) -> str:
         kernels = ", ".join(f"{count}: {name}" for count, name in self.kernels().items())

@@ -5,10 +5,20 @@ from __future__ import annotations
 from functools import lru_cache
 
 from fewbits.errors import KernelError
+from fewbits.kernels.few_tokens import FewTokens
+from fewbits.kernels.int8_dynamic import FloatInt8, Int8FewTokens, OneDnnInt8
+from fewbits.kernels.panels import Panels
 from fewbits.kernels.reference import Reference
 from fewbits.kernels.spec import Kernel, LinearSpec
 
-KERNELS: tuple[Kernel, ...] = (Reference(),)
+KERNELS: tuple[Kernel, ...] = (
+    Int8FewTokens(),
+    OneDnnInt8(),
+    FewTokens(),
+    Panels(),
+    FloatInt8(),
+    Reference(),
+)
 
 
 @lru_cache(maxsize=4096)

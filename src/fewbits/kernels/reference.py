@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fewbits.kernels.activations import round_tokens
-from fewbits.kernels.spec import LinearSpec, Run
-from fewbits.packing import decode
-from fewbits.tensors import QuantizedWeight
+from fewbits.kernels.spec import LinearSpec, LinearWeight, Run
 
 
 class Reference:
@@ -22,22 +20,22 @@ class Reference:
     def why_not(self, spec: LinearSpec) -> str | None:
         return None
 
-    def prepare(self, weight: QuantizedWeight, bias: torch.Tensor | None) -> Run:
-        scheme = weight.method.scheme
+    def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
+        scheme = weight.scheme
         wide_bias = None if bias is None else bias.to(torch.float32)
 
         def weight_only(x: torch.Tensor) -> torch.Tensor:
-            return F.linear(x.to(torch.float32), decode(weight), wide_bias).to(x.dtype)
+            return F.linear(x.to(torch.float32), weight.decoded(), wide_bias).to(x.dtype)
 
         def int8_dynamic(x: torch.Tensor) -> torch.Tensor:
             codes, scales = round_tokens(x, "int")
-            sums = codes.double() @ weight.data.double().t()
+            sums = codes.double() @ weight.codes.double().t()
             y = sums.to(torch.float32) * scales * weight.scales.to(torch.float32).view(1, -1)
             return (y if wide_bias is None else y + wide_bias).to(x.dtype)
 
         def rounded_input(x: torch.Tensor) -> torch.Tensor:
             codes, scales = round_tokens(x, scheme.kind)
-            return F.linear(codes * scales, decode(weight), wide_bias).to(x.dtype)
+            return F.linear(codes * scales, weight.decoded(), wide_bias).to(x.dtype)
 
         if scheme.activations is None:
             return weight_only
