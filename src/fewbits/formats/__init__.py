@@ -30,6 +30,10 @@ class Format(Protocol):
         """Behind a module's name: beginnings of the names of its stored tensors."""
 
     @property
+    def CONFIG_FILES(self) -> tuple[str, ...]:
+        """Files beside config.json in which readers look for the quantization_config as well."""
+
+    @property
     def ROW_AXIS(self) -> int:
         """The axis of stored matrices along which the rows of a weight lie: 0 or 1."""
 
@@ -95,6 +99,9 @@ FORMATS: dict[str, Format] = {
     "gptq_v2": GptqFormat(version=2),
     awq.NAME: awq,
 }
+
+
+DEFAULT_FORMAT = compressed_tensors.NAME
 
 
 def format_of_config(config: Mapping[str, Any]) -> Format | None:

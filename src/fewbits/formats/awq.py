@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fewbits.errors import CheckpointError
-from fewbits.formats.rounded_rows import as_tensors, rows_of
+from fewbits.formats.rounded_rows import as_tensors, check_scales, rows_of
 from fewbits.formats.stored import DAMAGED, Shaped, check, check_groups, method_of, required
 from fewbits.layers import block_index
 from fewbits.layout import WEIGHT_DTYPES, OutputTensor, stored_dtype
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NAME = "awq"
 PARTS = ("qweight", "qzeros", "scales", "weight")
+CONFIG_FILES: tuple[str, ...] = ()
 ROW_AXIS = 1
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_CHANNEL = -1
@@ -118,6 +119,7 @@ def encode_rows(
     """
     import numpy as np
 
+    check_scales(module, rows.scales)
     assert rows.zeros is not None
     pairs = rows.codes.view(np.uint8)
     codes = np.empty((*pairs.shape, 2), np.uint8)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fewbits.tensors import QuantizedWeight
 
 __all__ = [
+    "CONFIG_FILES",
     "NAME",
     "PARTS",
     "ROW_AXIS",
@@ -51,6 +52,7 @@ __all__ = [
 
 NAME = "compressed-tensors"
 PARTS = ("weight",)
+CONFIG_FILES: tuple[str, ...] = ()
 ROW_AXIS = 0
 PACKED_BITS = (2, 4, 8)
 # Zero points of 32 rows fill whole words at every width.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewbits.errors import CheckpointError
 from fewbits.formats import gptq_config
-from fewbits.formats.rounded_rows import as_tensors, pack_along, rows_of, words_of
+from fewbits.formats.rounded_rows import as_tensors, check_scales, pack_along, rows_of, words_of
 from fewbits.formats.stored import DAMAGED, Shaped, check, check_groups, method_of, required
 from fewbits.layout import WEIGHT_DTYPES, OutputTensor, stored_dtype
 from fewbits.schemes import Scheme
@@ -39,6 +39,7 @@ class GptqFormat:
 
     PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight")
     ROW_AXIS = 1
+    CONFIG_FILES = ("quantize_config.json",)
 
     @property
     def NAME(self) -> str:
@@ -120,6 +121,7 @@ class GptqFormat:
         """
         import numpy as np
 
+        check_scales(module, rows.scales)
         zeros = np.full(rows.scales.shape, scheme.midpoint, np.uint8) if rows.zeros is None else rows.zeros
         encoded = {
             f"{module}.qweight": words_of(rows, scheme).T,

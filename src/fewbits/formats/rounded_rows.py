@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fewbits.errors import QuantizationError
 from fewbits.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
     from fewbits.kernels.rows import Array, RoundedRows
     from fewbits.tensors import QuantizedWeight
+
+
+LARGEST_SCALE = 65504
 
 
 def rows_of(weight: QuantizedWeight) -> RoundedRows:
@@ -32,6 +36,18 @@ def rows_of(weight: QuantizedWeight) -> RoundedRows:
     if scales.dtype not in (np.float16, np.float32):
         raise ValueError(f"scales are {scales.dtype}")
     return RoundedRows(codes.numpy(), scales, None if zeros is None else zeros.numpy(), float("nan"), float("nan"))
+
+
+def check_scales(module: str, scales: Array) -> None:
+    """Refuse fp16 scales that were cut down to the largest number there is."""
+    import numpy as np
+
+    if scales.dtype == np.float16 and bool((np.abs(scales) >= LARGEST_SCALE).any()):
+        raise QuantizationError(
+            f"{module}: weights this large need a scale beyond {LARGEST_SCALE:,}, the largest of fp16, "
+            "in which this format stores scales.",
+            "--format compressed-tensors stores scales in the checkpoint's own dtype",
+        )
 
 
 def words_of(rows: RoundedRows, scheme: Scheme) -> Array:
