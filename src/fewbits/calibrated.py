@@ -124,7 +124,9 @@ class CalibratedConversion:
                 raise NonFiniteWeights(self.plan.source.tensors[layer.tensor], layer.name)
         solved = solve_group(layers, weights, statistics, self._planned, self._notes)
         self._solved |= solved
-        return [solved[layer.name].weight.dequantize() for layer in layers]
+        return [
+            solved[layer.name].weight.dequantize(weight.dtype) for layer, weight in zip(layers, weights, strict=True)
+        ]
 
     def _finish(self, done: BlockDone, work: ShardWork, reader: TensorReader, *, write: bool) -> None:
         """Write one block's shard and states, then the journal's line."""

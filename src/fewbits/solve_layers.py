@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbits.layers import LinearLayer
+from fewbits.layout import torch_dtype
 from fewbits.notes import Note
 from fewbits.packing import seal
 from fewbits.plan import PlannedLayer
@@ -50,7 +51,7 @@ def solve_group(
         method = planned[layer.name].method
         assert method is not None
         if method.solver_name == "gptq" and statistics is not None:
-            stacks.setdefault((method, weights[index].dtype), []).append(index)
+            stacks.setdefault((method, planned[layer.name].scale_dtype), []).append(index)
         else:
             solved[layer.name] = _rounded(planned[layer.name], weights[index])
     for members in stacks.values():
@@ -63,7 +64,7 @@ def solve_group(
 
 def _rounded(planned: PlannedLayer, weight: torch.Tensor) -> SolvedLayer:
     assert planned.method is not None
-    tile = quantize_rows(weight, planned.method)
+    tile = quantize_rows(weight, planned.method, torch_dtype(planned.scale_dtype))
     return SolvedLayer(tile.weight, layer_record(planned, tile.squared_error, tile.squared_norm))
 
 
@@ -81,7 +82,7 @@ def _solved_together(
         what = f"solved on {statistics.tokens} tokens for {first.shape[1]} inputs"
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
     stacked = torch.cat([weight.float() for weight in weights])
-    solution = gptq.solve(stacked, method.scheme, weights[0].dtype, statistics.gram)
+    solution = gptq.solve(stacked, method.scheme, torch_dtype(first.scale_dtype), statistics.gram)
     notes += [Note(layers[0].name, what, why) for what, why in solution.notes]
     solved = {}
     start = 0

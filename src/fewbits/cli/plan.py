@@ -11,6 +11,7 @@ from fewbits.cli.options import (
     Alpha,
     Asymmetric,
     Bits,
+    Format,
     GroupSize,
     Json,
     Method,
@@ -20,6 +21,7 @@ from fewbits.cli.options import (
     quant_config,
 )
 from fewbits.cli.units import bytes_text
+from fewbits.formats import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +38,7 @@ def plan(
     alpha: Alpha = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
+    format: Format = DEFAULT_FORMAT,
     all_layers: Annotated[bool, typer.Option("--all", help="A row for each layer, not for each kind.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +50,7 @@ def plan(
     chosen = quant_config(
         method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
     )
-    planned = make_plan(model, chosen)
+    planned = make_plan(model, chosen, format=format)
     if as_json:
         print(json.dumps(plan_dict(planned)))
         return

@@ -13,6 +13,7 @@ from fewbits.cli.options import (
     Alpha,
     Asymmetric,
     Bits,
+    Format,
     GroupSize,
     Json,
     Method,
@@ -25,6 +26,7 @@ from fewbits.cli.options import (
 from fewbits.cli.units import bytes_text, seconds_text
 from fewbits.cli.watch import watcher
 from fewbits.errors import Interrupted
+from fewbits.formats import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +51,7 @@ def quantize(
     alpha: Alpha = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
+    format: Format = DEFAULT_FORMAT,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", metavar="FILE", help="Text, JSON lines, Parquet or token ids to calibrate with."),
@@ -79,6 +82,7 @@ def quantize(
             out,
             chosen,
             calibration,
+            format=format,
             samples=samples,
             length=length,
             importance=importance.value,

@@ -23,8 +23,8 @@ class QuantizedTile:
     nonfinite: bool
 
 
-def quantize_rows(weight: torch.Tensor, method: QuantMethod) -> QuantizedTile:
-    """Round rows of a weight [R, K] by `method`'s scheme; scales are kept in the weight's dtype."""
-    rounded = round_rows(weight, method.scheme, DATA_FREE_SEARCH)
+def quantize_rows(weight: torch.Tensor, method: QuantMethod, scale_dtype: torch.dtype | None = None) -> QuantizedTile:
+    """Round rows of a weight [R, K] by `method`'s scheme; scales are kept in the weight's dtype by default."""
+    rounded = round_rows(weight, method.scheme, DATA_FREE_SEARCH, scale_dtype)
     sealed = seal_packed(rounded.codes, rounded.scales, rounded.zeros, (weight.shape[0], weight.shape[1]), method)
     return QuantizedTile(sealed, rounded.squared_error, rounded.squared_norm, rounded.nonfinite)
