@@ -16,6 +16,7 @@ from fewbits.cli.options import (
     Method,
     Model,
     Recipe,
+    Solver,
     WeightOnly,
     quant_config,
 )
@@ -34,6 +35,7 @@ def plan(
     group_size: GroupSize = None,
     asymmetric: Asymmetric = False,
     alpha: Alpha = None,
+    solver: Solver = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
     all_layers: Annotated[bool, typer.Option("--all", help="A row for each layer, not for each kind.")] = False,
@@ -45,7 +47,14 @@ def plan(
     from fewbits.plan import plan as make_plan
 
     chosen = quant_config(
-        method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
+        method,
+        config,
+        bits=bits,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        alpha=alpha,
+        solver=solver,
+        weight_only=weight_only,
     )
     planned = make_plan(model, chosen)
     if as_json:

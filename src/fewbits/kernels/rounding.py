@@ -18,25 +18,36 @@ except ImportError as error:
     WHY_NOT_COMPILED = f"Numba is not usable: {error}"
 
 
-def round_rows(weight: torch.Tensor, scheme: Scheme, search: Search, *, compiled: bool = True) -> Rounded:
-    """Round rows of a weight [R, K] to a scheme's grid, scales in the weight's dtype.
+def round_rows(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    search: Search,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    importance: torch.Tensor | None = None,
+    compiled: bool = True,
+) -> Rounded:
+    """Round rows of a weight [R, K] to a scheme's grid.
 
     Codes come as files and kernels hold them: int8, float8_e4m3fn, or below 8 bits packed int32 words.
 
     Args:
+        scale_dtype: what scales are stored in; the weight's dtype if None.
+        importance: fp32 [K], weight of each input's error where scales are searched; all alike if None.
         compiled: False forces the portable form.
     """
     compiled = compiled and WHY_NOT_COMPILED is None and weight.device.type == "cpu"
+    scale_dtype = scale_dtype or weight.dtype
     by_channel = channels if compiled else numerics
     if scheme.kind == "float":
-        rounded: Rounded = by_channel.round_channel_fp8(weight, weight.dtype)
+        rounded: Rounded = by_channel.round_channel_fp8(weight, scale_dtype)
         return rounded
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == 0:
-        rounded = by_channel.round_channel_int8(weight, weight.dtype)
+        rounded = by_channel.round_channel_int8(weight, scale_dtype)
         return rounded
     if compiled:
-        return groups.round_groups(weight, scheme, weight.dtype, search, packed=scheme.bits < 8)
-    rounded = numerics.round_groups(weight, scheme, weight.dtype, search)
+        return groups.round_groups(weight, scheme, scale_dtype, search, importance, packed=scheme.bits < 8)
+    rounded = numerics.round_groups(weight, scheme, scale_dtype, search, importance)
     if scheme.bits == 8:
         return rounded
     return Rounded(
