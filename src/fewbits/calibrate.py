@@ -25,7 +25,7 @@ from torch import nn
 
 from fewbits.absorbing import FoldPlace
 from fewbits.errors import CalibrationError
-from fewbits.folds import Fold, find_folds
+from fewbits.folds import Fold, Refused, find_folds
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.probing import ProbedBlock
@@ -294,10 +294,20 @@ class _BlockRun:
                 group = by_slots[fold.consumers]
                 group.place = self._fold_place(fold)
                 group.sample = TokenSample(self._forward.ids.numel())
-            for refusal in refused:
-                name = self._layers_of(by_slots[refusal.consumers])[0].name
-                self._notes.append(Note(name, "its input channels are not scaled", refusal.why))
+                if group.place is None:
+                    refused.append(Refused(fold.consumers, f"{fold.producer.parameter} is no rows of one tensor"))
+            self._note_refused(refused, by_slots)
         self._timings.folds_s += time.perf_counter() - before
+
+    def _note_refused(self, refused: Sequence[Refused], by_slots: Mapping[tuple[Slot, ...], _Group]) -> None:
+        """One note for all experts that go without a fold for the same reason."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for refusal in refused:
+            layer = self._layers_of(by_slots[refusal.consumers])[0]
+            alike.setdefault((layer.kind, refusal.why), []).append(layer.name)
+        for (_, why), names in alike.items():
+            others = f", nor are those of {len(names) - 1} alike" if len(names) > 1 else ""
+            self._notes.append(Note(names[0], f"its input channels are not scaled{others}", why))
 
     def _fold_place(self, fold: Fold) -> FoldPlace | None:
         """Where a fold's producer lies in the files; None if it is made of their tensors in other ways than by rows."""
@@ -307,9 +317,7 @@ class _BlockRun:
             tensor = self._skeleton.tensor_of(self._index, producer.parameter)
             parts = [] if tensor is None else [Part(tensor, None, 0, len(fold.rows))]
         else:
-            parts = [
-                part for part in self._all_parts.get(producer.parameter, []) if part.expert == producer.expert
-            ]
+            parts = [part for part in self._all_parts.get(producer.parameter, []) if part.expert == producer.expert]
         if not parts or (bias is None) != (fold.bias is None):
             return None
         return FoldPlace(fold, tuple(parts), bias)

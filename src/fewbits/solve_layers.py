@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbits.fp32_products import fast_fp32
+from fewbits.kernels.rounding import rounded_values
 from fewbits.layers import LinearLayer
 from fewbits.methods import QuantMethod
 from fewbits.notes import Note
@@ -108,11 +109,8 @@ def _found_scales(
 
     def rounding(search: Search) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         def rounded(rows: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-            tile = quantize_rows(
-                rows, method, search=search, scale_dtype=weights[0].dtype,
-                importance=None if search.steps == 1 else importance,
-            )  # fmt: skip
-            return decode(tile.weight)
+            shares = None if search.steps == 1 else importance
+            return rounded_values(rows, method.scheme, weights[0].dtype, search, shares)
 
         return rounded
 

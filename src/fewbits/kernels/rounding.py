@@ -6,7 +6,7 @@ import torch
 
 from fewbits import numerics
 from fewbits.numerics import Rounded
-from fewbits.packing import pack_rows
+from fewbits.packing import decode_codes, pack_rows
 from fewbits.schemes import Scheme
 from fewbits.search import Search
 
@@ -54,6 +54,22 @@ def round_rows(
         pack_rows(rounded.codes, scheme.bits), rounded.scales, rounded.zeros,
         rounded.squared_error, rounded.squared_norm, rounded.nonfinite,
     )  # fmt: skip
+
+
+def rounded_values(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    search: Search,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """What the codes of fp32 rows [R, K] would decode to, fp32: `round_rows` without packing."""
+    if scheme.kind == "int" and not (scheme.bits == 8 and scheme.symmetric and scheme.group_size == 0):
+        compiled = WHY_NOT_COMPILED is None and weight.device.type == "cpu"
+        rounded = (groups if compiled else numerics).round_groups(weight, scheme, scale_dtype, search, importance)
+        return decode_codes(rounded.codes, rounded.scales, rounded.zeros, scheme)
+    rounded = round_rows(weight, scheme, search, scale_dtype=scale_dtype)
+    return rounded.codes.to(torch.float32).mul_(rounded.scales.to(torch.float32))
 
 
 def search_grid(
