@@ -16,18 +16,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from fewbits.absorbing import FoldPlace
 from fewbits.errors import CalibrationError
+from fewbits.folds import Fold, Refused, find_folds
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
+from fewbits.probing import ProbedBlock
 from fewbits.skeleton import Part, Skeleton
 from fewbits.statistics import Statistics, StatisticsAccumulator
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, structure_of
+from fewbits.token_sample import TokenSample
 from fewbits.watching import Slot, watch
 
 # Called with the consumers of one input, their weights [out, in] as stored, and what was seen of the input (None if
@@ -39,6 +44,23 @@ TokenWeights = Callable[[Sequence[LinearLayer]], torch.Tensor | None]
 MICRO_BATCH_TOKENS = 2048
 
 
+class Folding(Protocol):
+    """Solves layers whose input channels may be scaled, because a fold takes the scales up."""
+
+    def wants(self, layers: Sequence[LinearLayer]) -> bool:
+        """Whether a fold is of use to the consumers of one input."""
+
+    def solve(
+        self,
+        layers: Sequence[LinearLayer],
+        weights: Sequence[torch.Tensor],
+        statistics: Statistics,
+        place: FoldPlace,
+        sample: torch.Tensor,
+    ) -> Sequence[torch.Tensor | None]:
+        """As `Solve`; what is returned multiplies the input as it is, unscaled. sample: some of the tokens [n, in]."""
+
+
 @dataclass
 class Timings:
     """Seconds by stage, summed over blocks."""
@@ -47,6 +69,7 @@ class Timings:
     forward_s: float = 0.0
     statistics_s: float = 0.0
     solve_s: float = 0.0
+    folds_s: float = 0.0
     total_s: float = 0.0
 
 
@@ -107,6 +130,7 @@ def run_blocks(
     solve: Solve,
     *,
     token_weights: TokenWeights | None = None,
+    folding: Folding | None = None,
     states: States | None = None,
     memory_limit: int | None = None,
     micro_batch: int | None = None,
@@ -117,6 +141,7 @@ def run_blocks(
         ids: token ids [samples, length].
         layers: the linears to solve; all others run as they are.
         token_weights: the importance of tokens to a group of linears.
+        folding: solves the groups it wants in place of `solve`, where a fold is found and proven.
         states: where to go on from; blocks up to `states.block` are not run again.
         memory_limit: bytes that states in flight may take; past them every block runs twice.
     """
@@ -142,10 +167,12 @@ def run_blocks(
         skeleton.release_embeddings()
         for index in range(start_block, len(skeleton.blocks)):
             forward.waiting_at(index)
-            run = _BlockRun(skeleton, forward, index, wanted.get(index, {}), solve, token_weights, timings)
+            run = _BlockRun(skeleton, forward, index, wanted.get(index, {}), solve, token_weights, folding, timings)
             notes = run.run(memory_limit)
             timings.total_s = time.perf_counter() - began
-            timings.forward_s = timings.total_s - timings.files_s - timings.statistics_s - timings.solve_s
+            timings.forward_s = (
+                timings.total_s - timings.files_s - timings.statistics_s - timings.solve_s - timings.folds_s
+            )
             yield BlockDone(index, skeleton.block_names[index], tuple(notes), timings, forward)
 
 
@@ -159,6 +186,8 @@ class _Group:
     arrived: set[int] = field(default_factory=set)
     solved: bool = False
     late_tokens: int = 0
+    place: FoldPlace | None = None
+    sample: TokenSample | None = None
 
 
 class _BlockRun:
@@ -172,11 +201,12 @@ class _BlockRun:
         layers: Mapping[str, LinearLayer],
         solve: Solve,
         token_weights: TokenWeights | None,
+        folding: Folding | None,
         timings: Timings,
     ) -> None:
         self._skeleton, self._forward, self._index = skeleton, forward, index
         self._layers, self._solve, self._token_weights = layers, solve, token_weights
-        self._timings = timings
+        self._folding, self._timings = folding, timings
         self._notes: list[Note] = []
         self._groups: dict[tuple[str, int | None], _Group] = {}
         self._units: dict[str, int] = {}
@@ -200,6 +230,7 @@ class _BlockRun:
             self._timings.files_s += time.perf_counter() - before
             if self._parts:
                 self._dry_run()
+                self._find_folds(block)
             self._watcher = self._arrive
             for micro_batch in self._forward.micro_batches:
                 self._forward.resume(micro_batch)
@@ -215,7 +246,8 @@ class _BlockRun:
     def _find_parts(self) -> dict[tuple[str, int | None], list[Part]]:
         """Wanted layers by the matrix they lie in."""
         found: dict[tuple[str, int | None], list[Part]] = {}
-        for parameter, parts in self._skeleton.parts(self._index).items():
+        self._all_parts = self._skeleton.parts(self._index)
+        for parameter, parts in self._all_parts.items():
             for part in parts:
                 if part.tensor in self._layers:
                     found.setdefault((parameter, part.expert), []).append(part)
@@ -242,6 +274,53 @@ class _BlockRun:
 
         self._watcher = record
         self._forward.run_alone(self._index, self._forward.micro_batches[0])
+
+    def _find_folds(self, block: nn.Module) -> None:
+        """Give the groups that want one a fold, and say which do without."""
+        if self._folding is None:
+            return
+        before = time.perf_counter()
+        groups = sorted(set(self._groups.values()), key=lambda group: group.order)
+        by_slots = {tuple(group.slots): group for group in groups if self._folding.wants(self._layers_of(group))}
+        if by_slots:
+            first = self._forward.micro_batches[0]
+            self._watcher = None
+            with ProbedBlock(
+                block, lambda arguments: self._forward.run_alone(self._index, replace(first, arguments=arguments)),
+                first.arguments,
+            ) as probed:  # fmt: skip
+                folds, refused = find_folds(probed, list(by_slots))
+            for fold in folds:
+                group = by_slots[fold.consumers]
+                group.place = self._fold_place(fold)
+                group.sample = TokenSample(self._forward.ids.numel())
+                if group.place is None:
+                    refused.append(Refused(fold.consumers, f"{fold.producer.parameter} is no rows of one tensor"))
+            self._note_refused(refused, by_slots)
+        self._timings.folds_s += time.perf_counter() - before
+
+    def _note_refused(self, refused: Sequence[Refused], by_slots: Mapping[tuple[Slot, ...], _Group]) -> None:
+        """One note for all experts that go without a fold for the same reason."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for refusal in refused:
+            layer = self._layers_of(by_slots[refusal.consumers])[0]
+            alike.setdefault((layer.kind, refusal.why), []).append(layer.name)
+        for (_, why), names in alike.items():
+            others = f", nor are those of {len(names) - 1} alike" if len(names) > 1 else ""
+            self._notes.append(Note(names[0], f"its input channels are not scaled{others}", why))
+
+    def _fold_place(self, fold: Fold) -> FoldPlace | None:
+        """Where a fold's producer lies in the files; None if it is made of their tensors in other ways than by rows."""
+        producer = fold.producer
+        bias = None if fold.bias is None else self._skeleton.tensor_of(self._index, fold.bias)
+        if fold.norm_offset is not None:
+            tensor = self._skeleton.tensor_of(self._index, producer.parameter)
+            parts = [] if tensor is None else [Part(tensor, None, 0, len(fold.rows))]
+        else:
+            parts = [part for part in self._all_parts.get(producer.parameter, []) if part.expert == producer.expert]
+        if not parts or (bias is None) != (fold.bias is None):
+            return None
+        return FoldPlace(fold, tuple(parts), bias)
 
     def _order(self, slot: Slot) -> tuple[int, int, int]:
         """Where a slot stands: as first seen, and experts of a list by their number, though only some are seen."""
@@ -271,6 +350,8 @@ class _BlockRun:
         if group.accumulator is None:
             group.accumulator = StatisticsAccumulator(inputs.shape[-1], inputs.device)
         group.accumulator.add(inputs, self._importance(group, micro_batch, inputs))
+        if group.sample is not None:
+            group.sample.add(inputs)
         self._timings.statistics_s += time.perf_counter() - before
         self._forward.suspend(group)
 
@@ -310,14 +391,17 @@ class _BlockRun:
             names = self._skeleton.block_names
             last = f"; the last good block is {names[self._index - 1]}" if self._index else ""
             raise CalibrationError(f"The input of {layers[0].name} has NaN or infinite values{last}.")
-        self._solve_slots(group.slots, layers, statistics)
-        group.solved = True
+        self._solve_slots(group.slots, layers, statistics, group)
+        group.solved, group.sample = True, None
 
-    def _solve_slots(self, slots: list[Slot], layers: list[LinearLayer], statistics: Statistics | None) -> None:
+    def _solve_slots(self, slots: list[Slot], layers: list[LinearLayer], statistics: Statistics, group: _Group) -> None:
         before = time.perf_counter()
         places = [(slot, part) for slot in slots for part in self._parts[slot.parameter, slot.expert]]
         weights = [self._stored(slot, part) for slot, part in places]
-        solved = self._solve(layers, weights, statistics)
+        if group.place is not None and group.sample is not None and self._folding is not None:
+            solved = self._folding.solve(layers, weights, statistics, group.place, group.sample.rows)
+        else:
+            solved = self._solve(layers, weights, statistics)
         for (slot, part), weight in zip(places, solved, strict=True):
             if weight is not None:
                 rows = self._rows(slot, part)

@@ -18,16 +18,15 @@ from fewbits.checkpoints.partial import PartialFolder
 from fewbits.checkpoints.reader import TensorReader
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.convert import NonFiniteWeights, ShardWork
+from fewbits.errors import PlanError
+from fewbits.folded_layers import LayerSolver
 from fewbits.formats import FORMATS
 from fewbits.importance import measure_importance
 from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
-from fewbits.notes import Note
 from fewbits.plan import Plan
 from fewbits.progress import Progress
 from fewbits.skeleton import Skeleton, build_model
-from fewbits.solve_layers import SolvedLayer, solve_group
-from fewbits.statistics import Statistics
 from fewbits.token_weights import shared_weights
 
 IMPORTANCE_FILE = "importance.safetensors"
@@ -45,11 +44,11 @@ class CalibratedConversion:
     progress: Progress
     importance: bool = True
     seed: int = 0
+    strict: bool = False
     memory_limit: int | None = None
     timings: Timings = field(default_factory=Timings)
     importance_s: float = 0.0
-    _solved: dict[str, SolvedLayer] = field(default_factory=dict)
-    _notes: list[Note] = field(default_factory=list)
+    _solver: LayerSolver = field(init=False)
 
     def run(self, shards: Sequence[ShardWork], blocks: dict[int, ShardWork]) -> None:
         """Write the shards of `blocks`.
@@ -69,12 +68,14 @@ class CalibratedConversion:
         first = 0 if states is None else states.block + 1
         with TensorReader(self.plan.source) as reader:
             skeleton = Skeleton(build_model(self.plan.source.path, torch.bfloat16), self.plan.source, reader)
+            self._solver = LayerSolver(self._planned, skeleton.read, self._check_finite)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
             token_weights = self._token_weights(skeleton, layers) if self.importance else None
             self.progress.begin("calibrating", len(skeleton.blocks) - first, "blocks")
             for done in run_blocks(
-                skeleton, self.calibration.ids, layers, self._solve,
-                token_weights=token_weights, states=states, memory_limit=self.memory_limit,
+                skeleton, self.calibration.ids, layers, self._solver.solve_plainly,
+                token_weights=token_weights, folding=self._solver if self._solver.is_folding else None,
+                states=states, memory_limit=self.memory_limit,
             ):  # fmt: skip
                 self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
                 self.timings = done.timings
@@ -116,36 +117,35 @@ class CalibratedConversion:
     def _states_path(self, block: int) -> Path:
         return self.folder.scratch / STATES_FILE.format(block=block)
 
-    def _solve(
-        self, layers: Sequence[LinearLayer], weights: Sequence[torch.Tensor], statistics: Statistics | None
-    ) -> list[torch.Tensor | None]:
-        for layer, weight in zip(layers, weights, strict=True):
-            if not bool(torch.isfinite(weight).all()):
-                raise NonFiniteWeights(self.plan.source.tensors[layer.tensor], layer.name)
-        solved = solve_group(layers, weights, statistics, self._planned, self._notes)
-        self._solved |= solved
-        return [
-            solved[layer.name].weight.dequantize(weight.dtype) for layer, weight in zip(layers, weights, strict=True)
-        ]
+    def _check_finite(self, layer: LinearLayer, weight: torch.Tensor) -> None:
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteWeights(self.plan.source.tensors[layer.tensor], layer.name)
 
     def _finish(self, done: BlockDone, work: ShardWork, reader: TensorReader, *, write: bool) -> None:
         """Write one block's shard and states, then the journal's line."""
-        notes = [*self._notes, *done.notes]
-        solved, self._solved, self._notes = self._solved, {}, []
+        solved = self._solver.finish()
+        notes = [*solved.notes, *done.notes]
         if not write:
             return
+        if self.strict and notes:
+            raise PlanError(f"strict: {notes[0]}", "resolve it in the config, or run without --strict")
+        edits = solved.edits
         shard = self.plan.shards[work.number]
         writer = ShardWriter(self.folder.path, shard)
         try:
             for entry, layer in work.sources:
                 if layer is None:
                     content = torch.empty(entry.nbytes, dtype=torch.uint8)
-                    reader.read_bytes(entry.name, 0, content)
+                    if entry.name in edits.tensors:
+                        content = edits.tensors[entry.name].contiguous().view(-1).view(torch.uint8)
+                    else:
+                        reader.read_bytes(entry.name, 0, content)
                     if holds_nonfinite(content.numpy(), entry.dtype):
                         raise NonFiniteWeights(entry, None)
                     writer.write(entry.name, content)
                     continue
-                encoded = FORMATS[self.plan.format].encode(layer.name, solved[layer.name].weight, layer.shape)
+                weight = edits.quantized[layer.layer.tensor]
+                encoded = FORMATS[self.plan.format].encode(layer.name, weight, layer.shape)
                 for name, tensor in encoded.items():
                     writer.write(name, tensor)
             digests = writer.close()
@@ -155,8 +155,8 @@ class CalibratedConversion:
         temporary = path.with_suffix(".unfinished")
         if done.save_states(temporary):
             temporary.replace(path)
-        records = [asdict(solved[layer.name].record) for _, layer in work.sources if layer is not None]
+        records = [asdict(solved.records[layer.name]) for _, layer in work.sources if layer is not None]
         for note in notes:
             self.progress.note(note)
-        self.journal.append(shard.file, digests, records, [asdict(note) for note in notes])
+        self.journal.append(shard.file, digests, records, [asdict(note) for note in notes], {"folds": solved.folds})
         self._states_path(done.block - 1).unlink(missing_ok=True)

@@ -161,6 +161,11 @@ class Skeleton:
                     found[converted.removeprefix(prefix)] = parts
         return found
 
+    def tensor_of(self, index: int, parameter: str) -> str | None:
+        """The tensor of the files that a block's parameter is, unchanged; None if it is made of others."""
+        recipe = self._owners.get(index, {}).get(f"{self.block_names[index]}.{parameter}")
+        return None if recipe is None or recipe.converter is not None else recipe.sources[-1][0]
+
     def _traced(self, target: str, recipe: Recipe) -> dict[str, list[Part]]:
         """Find where tensors end up by converting stand-ins of one column that hold their tensor's number."""
         names = [name for name, _ in recipe.sources]
