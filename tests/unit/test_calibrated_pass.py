@@ -19,6 +19,7 @@ from fewbits.checkpoints.reader import TensorReader, open_checkpoint
 from fewbits.importance import measure_importance
 from fewbits.layers import LinearLayer, find_layers
 from fewbits.skeleton import Skeleton, build_model
+from fewbits.states import load_states
 from fewbits.statistics import Statistics
 from tiny_transformers import ARCHITECTURES, save_tiny, tiny_model, token_ids, whole_model
 
@@ -67,8 +68,8 @@ def run_pass(path: Path, *, rounding: bool, ids: torch.Tensor = IDS, **options: 
 
 
 def outputs_of(done: BlockDone) -> list[torch.Tensor]:
-    outputs = [micro_batch.output for micro_batch in done._forward.micro_batches]
-    return [(output if isinstance(output, torch.Tensor) else output[0]).clone() for output in outputs]
+    forward = done._forward
+    return [forward.hidden_behind(done.block, micro_batch).clone() for micro_batch in forward.micro_batches]
 
 
 def matrix(whole: PreTrainedModel, layer: LinearLayer) -> torch.Tensor:
@@ -254,8 +255,6 @@ def test_experts_that_few_tokens_reach_are_solved_on_those(tmp_path: Path) -> No
 
 
 def test_a_pass_goes_on_from_saved_states_as_if_never_interrupted(checkpoint: Path, tmp_path: Path) -> None:
-    from fewbits.calibrate import load_states
-
     seen = run_pass(checkpoint, rounding=True)
     solve = lambda layers, weights, statistics: [coarse(weight) for weight in weights]  # noqa: E731
     with skeleton_of(checkpoint, torch.bfloat16) as (skeleton, layers):
@@ -264,3 +263,31 @@ def test_a_pass_goes_on_from_saved_states_as_if_never_interrupted(checkpoint: Pa
     rest = run_pass(checkpoint, rounding=True, states=load_states(tmp_path / "states"))
     assert list(rest.outputs) == [1]
     assert all(map(torch.equal, rest.outputs[1], seen.outputs[1]))
+
+
+def test_blocks_that_run_twice_for_want_of_memory_see_the_block_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
+    """Statistics of every linear are those of a block none of whose linears is quantized yet."""
+    plain, limited = run_pass(checkpoint, rounding=False), run_pass(checkpoint, rounding=False, memory_limit=0)
+    assert all(map(torch.equal, limited.outputs[1], plain.outputs[1]))
+    whole = whole_model(checkpoint)
+    seen = run_pass(checkpoint, rounding=True, memory_limit=0, folder=tmp_path)
+    solved: list[LinearLayer] = []
+    for layers, statistics in seen.calls:
+        assert statistics is not None
+        if solved and layers[0].block != solved[0].block:
+            with torch.no_grad():
+                for layer in solved:
+                    matrix(whole, layer).copy_(coarse(matrix(whole, layer)))
+            solved = []
+        with InputsOf(matrix(whole, layers[0])) as inputs:
+            run_whole(whole)
+        rows = torch.cat(inputs.rows)
+        assert statistics.tokens == len(rows)
+        assert torch.equal(statistics.absmax.double(), rows.abs().amax(0))
+        solved += layers
+    with torch.no_grad():
+        for layer in solved:
+            matrix(whole, layer).copy_(coarse(matrix(whole, layer)))
+    final = block_outputs(whole, blocks_of(checkpoint))[-1]
+    assert all(map(torch.equal, seen.outputs[1], final))
+    assert not list(tmp_path.iterdir())
