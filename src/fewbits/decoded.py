@@ -131,14 +131,3 @@ class _RoundedInput:
         codes = (x / scale).clamp(-limit, limit)
         codes = codes.round() if self._scheme.kind == "int" else codes.to(torch.float8_e4m3fn).to(x.dtype)
         return (codes * scale, *inputs[1:])
-
-
-@torch.no_grad()
-def complete(folder: str | Path, prompt: str, max_tokens: int = 16) -> str:
-    """The likeliest continuation of `prompt`, prompt included."""
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    model = decoded_model(folder)
-    written = model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    text: str = tokenizer.decode(written[0], skip_special_tokens=True)
-    return text

