@@ -25,9 +25,10 @@ from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
 from fewbits.watching import Slot, watch
 
-# Logits computed at a time: 64 MB of fp32.
-LOGITS = 1 << 24
-MEMORY_LIMIT = 1 << 30
+# Logits computed at a time: 16 MB of fp32. Past 32 MB glibc maps every tensor afresh, and touching new pages costs
+# more than softmax itself.
+LOGITS = 1 << 22
+MEMORY_LIMIT = 3 << 29
 # Called with a stage's name and how many of how many blocks are done.
 Watcher = Callable[[str, int, int], None]
 

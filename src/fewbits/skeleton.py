@@ -54,8 +54,8 @@ class Skeleton:
         prefix, self.blocks = find_blocks(model)
         self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
         self._decoder_name = _model_around(model, prefix)
-        self._recipes = _recipes(model, checkpoint.tensors)
-        self._keep_fp32 = _kept_in_fp32(model)
+        self._recipes = parameter_recipes(model, checkpoint.tensors)
+        self._keep_fp32 = kept_in_fp32(model)
         self._owners: dict[int | None, dict[str, Recipe]] = {}
         numbers = {name: index for index, name in enumerate(self.block_names)}
         for target, recipe in self._recipes.items():
@@ -171,7 +171,7 @@ class Skeleton:
                 return {}
             stand_ins[name] = torch.full((shape[0], 1), number, dtype=torch.int32)
         found = {}
-        for converted, value in _convert(target, recipe, stand_ins.__getitem__, self.model).items():
+        for converted, value in convert(target, recipe, stand_ins.__getitem__, self.model).items():
             parameter = self.model.get_parameter(converted)
             if value.shape[:-1] == parameter.shape[:-1] and value.shape[-1] == 1 and value.dim() in (2, 3):
                 found[converted] = list(_runs(value.squeeze(-1), names))
@@ -179,7 +179,7 @@ class Skeleton:
 
     def _install(self, recipes: dict[str, Recipe]) -> None:
         for target, recipe in recipes.items():
-            for name, value in _convert(target, recipe, self._reader.read, self.model).items():
+            for name, value in convert(target, recipe, self._reader.read, self.model).items():
                 self._put(name, value)
 
     def _put(self, name: str, value: torch.Tensor) -> None:
@@ -303,12 +303,12 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def _kept_in_fp32(model: nn.Module) -> tuple[str, ...]:
+def kept_in_fp32(model: nn.Module) -> tuple[str, ...]:
     """Parts of names whose parameters the model wants in fp32 whatever its dtype."""
     return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
-def _recipes(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Recipe]:
+def parameter_recipes(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Recipe]:
     """Which parameters come of which tensors, by the conversion rules that transformers has for this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -331,7 +331,8 @@ def _recipes(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Recipe]
     return recipes
 
 
-def _convert(target: str, recipe: Recipe, read: Any, model: Any) -> dict[str, torch.Tensor]:
+def convert(target: str, recipe: Recipe, read: Any, model: Any) -> dict[str, torch.Tensor]:
+    """The parameters, by name, that a recipe makes of the tensors that `read` fetches."""
     if recipe.converter is None:
         return {target: read(recipe.sources[-1][0])}
     converter = copy.deepcopy(recipe.converter)

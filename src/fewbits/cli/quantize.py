@@ -119,6 +119,7 @@ def show(report: Report) -> None:
         f"{report.plan.effective_bits:.2f} bits per quantized weight) in {seconds_text(report.elapsed_s)}, "
         f"peak memory {bytes_text(report.peak_memory_bytes)}{resumed}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
