@@ -8,7 +8,7 @@
 | `g_idx`   | int32 [K]              | the group of each input: k // g, or any in activation order |
 
 Symmetric weights have z = 2^(b−1), and their words are believed whatever version the config claims. Version 1 cannot
-hold a zero point of 0, so asymmetric weights are written as version 2 (docs/decisions/0004).
+hold a zero point of 0, so asymmetric weights are written as version 2 (docs/decisions/0003).
 """
 
 from __future__ import annotations
