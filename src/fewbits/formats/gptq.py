@@ -192,7 +192,9 @@ class GptqFormat:
             CheckpointError: they are no symmetric weight's, or the order of the inputs is impossible.
         """
         index = tensors.get(f"{module}.g_idx")
-        _input_order(module, index, scheme, (rows, 0 if index is None else len(index)))
+        if index is not None:
+            check_groups(module, scheme, len(index))
+            _input_order(module, index, scheme, (rows, len(index)))
         if not scheme.symmetric:
             return None
         found = _symmetric_version(module, tensors[f"{module}.qzeros"], scheme, rows)
