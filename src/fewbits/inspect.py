@@ -195,12 +195,20 @@ def _told_by_config(
     remarks: dict[str, list[str]] = {}
     for name, scheme in schemes.items():
         small = [modules[name][part] for part in SMALL_PARTS if part in modules[name]]
-        if scheme is not None and any(entry.name.endswith(".qzeros") for entry in small):
+        if scheme is not None and "qzeros" in modules[name] and all(_is_readable(entry) for entry in small):
             remark = _remark(chosen, name, scheme, {entry.name: reader.read(entry.name) for entry in small})
             if remark is not None:
                 remarks.setdefault(remark, []).append(name)
-    notes += [f"{names[0]} and {len(names) - 1} more: {remark}" for remark, names in remarks.items()]
+    for remark, names in remarks.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        notes.append(f"{names[0]}{others}: {remark}")
     return {name: str(scheme) for name, scheme in schemes.items() if scheme is not None}
+
+
+def _is_readable(entry: TensorEntry) -> bool:
+    """Whether zero points or an order have the dtype and dimensions of such; `verify` says what they have."""
+    dimensions = 1 if entry.name.endswith("g_idx") else 2
+    return entry.dtype == "I32" and len(entry.shape) == dimensions and 0 not in entry.shape
 
 
 def _remark(chosen: Format, name: str, scheme: Scheme, small: Mapping[str, torch.Tensor]) -> str | None:

@@ -173,3 +173,33 @@ def test_a_shape_that_lies_is_not_believed(tmp_path: Path) -> None:
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is empty"):
         inspect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"qzeros": torch.full((2, 8), -0x77777778, dtype=torch.int32)}, "zero points of version 2"),
+        ({"qzeros": torch.zeros(2, 8, dtype=torch.int32)}, "model.layers.0.up.qzeros holds 0 to 0"),
+        ({"qzeros": torch.zeros(4, dtype=torch.int32)}, None),
+        ({"qzeros": torch.zeros(2, 0, dtype=torch.int32)}, None),
+        ({"qzeros": torch.zeros(2, 8)}, None),
+        ({"g_idx": torch.full((64,), 7, dtype=torch.int32)}, "model.layers.0.up.g_idx names group 7"),
+        ({"g_idx": torch.zeros(0, dtype=torch.int32)}, None),
+        ({"g_idx": torch.zeros(7, dtype=torch.int32)}, "group size 32 does not divide 7 inputs"),
+        ({"g_idx": torch.zeros(2, 2, dtype=torch.int32)}, None),
+    ],
+)
+def test_what_a_gptq_layer_says_against_its_config_is_noted(
+    tmp_path: Path, changes: dict[str, torch.Tensor], note: str | None
+) -> None:
+    layer = {
+        "qweight": torch.zeros(8, 64, dtype=torch.int32),
+        "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32),
+        "scales": torch.ones(2, 64).half(),
+        "g_idx": torch.arange(64, dtype=torch.int32) // 32,
+    } | changes
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq"}
+    foreign(tmp_path, layer, config)
+    notes = inspect(tmp_path).notes
+    assert (note is None) == (notes == ())
+    assert note is None or note in notes[0]

@@ -8,7 +8,7 @@
 | `g_idx`   | int32 [K]              | the group of each input: k // g, or any in activation order |
 
 Symmetric weights have z = 2^(b−1), and their words are believed whatever version the config claims. Version 1 cannot
-hold a zero point of 0, so asymmetric weights are written as version 2 (docs/decisions/0004).
+hold a zero point of 0, so asymmetric weights are written as version 2 (docs/decisions/0003).
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ class GptqFormat:
             CheckpointError: they are no symmetric weight's, or the order of the inputs is impossible.
         """
         index = tensors.get(f"{module}.g_idx")
-        _input_order(module, index, scheme, (rows, 0 if index is None else len(index)))
+        if index is not None:
+            check_groups(module, scheme, len(index))
+            _input_order(module, index, scheme, (rows, len(index)))
         if not scheme.symmetric:
             return None
         found = _symmetric_version(module, tensors[f"{module}.qzeros"], scheme, rows)

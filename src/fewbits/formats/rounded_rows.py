@@ -18,24 +18,30 @@ LARGEST_SCALE = 65504
 
 
 def rows_of(weight: QuantizedWeight) -> RoundedRows:
-    """The rows of an int weight with fp16 or fp32 scales; what they lost is not known here."""
-    import numpy as np
+    """The rows of an int weight, bf16 scales widened to fp32; what they lost is not known here.
+
+    Raises:
+        QuantizationError: its inputs are in activation order, which no format is written in.
+    """
     import torch
 
     from fewbits.kernels.rows import RoundedRows, is_channel_int8
     from fewbits.packing import flip_top_bit
 
     if weight.input_order is not None:
-        raise ValueError("a weight in activation order is stored in no format")
+        raise QuantizationError(
+            "a weight in activation order (with g_idx) is read, but never written.",
+            "keep the files that it came from, or quantize the original model again",
+        )
     scheme, zeros = weight.method.scheme, weight.zero_points
-    codes = weight.data.contiguous().view(torch.uint8)
+    codes = weight.data.cpu().contiguous().view(torch.uint8)
     if scheme.bits == 8:
         zeros = None if zeros is None else flip_top_bit(zeros, torch.uint8)
         codes = codes if is_channel_int8(scheme) else flip_top_bit(codes, torch.uint8)
-    scales: Array = weight.scales.numpy()
-    if scales.dtype not in (np.float16, np.float32):
-        raise ValueError(f"scales are {scales.dtype}")
-    return RoundedRows(codes.numpy(), scales, None if zeros is None else zeros.numpy(), float("nan"), float("nan"))
+    scales = weight.scales.cpu()
+    stored: Array = (scales if scales.dtype == torch.float16 else scales.float()).numpy()
+    points: Array | None = None if zeros is None else zeros.cpu().numpy()
+    return RoundedRows(codes.numpy(), stored, points, float("nan"), float("nan"))
 
 
 def check_scales(module: str, scales: Array) -> None:
