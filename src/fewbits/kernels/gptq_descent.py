@@ -18,9 +18,7 @@ LANES = 64
 
 
 @njit(parallel=True, fastmath={"contract"}, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _descend(
-    gradient: Any, gram: Any, scales: Any, top_code: Any, codes: Any, misses: Any, gained: Any
-) -> None:
+def _descend(gradient: Any, gram: Any, scales: Any, top_code: Any, codes: Any, misses: Any, gained: Any) -> None:
     columns, rows = gradient.shape
     span = columns // len(scales)
     for run in prange((rows + LANES - 1) // LANES):
@@ -86,7 +84,7 @@ def descend_block(
     use_torch_threads()
     gained = torch.empty(gradient.shape[1])
     _descend(
-        gradient.numpy(), gram.numpy(), scales.contiguous().numpy(), np.float32(largest_code), codes.numpy(), misses.numpy(),
-        gained.numpy(),
+        gradient.numpy(), gram.numpy(), scales.contiguous().numpy(), np.float32(largest_code), codes.numpy(),
+        misses.numpy(), gained.numpy(),
     )  # fmt: skip
     return gained
