@@ -11,15 +11,18 @@ from fewbits.cli.options import (
     Alpha,
     Asymmetric,
     Bits,
+    Format,
     GroupSize,
     Json,
     Method,
     Model,
     Recipe,
+    Solver,
     WeightOnly,
     quant_config,
 )
 from fewbits.cli.units import bytes_text
+from fewbits.formats import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,8 +37,10 @@ def plan(
     group_size: GroupSize = None,
     asymmetric: Asymmetric = False,
     alpha: Alpha = None,
+    solver: Solver = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
+    format: Format = DEFAULT_FORMAT,
     all_layers: Annotated[bool, typer.Option("--all", help="A row for each layer, not for each kind.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -45,9 +50,16 @@ def plan(
     from fewbits.plan import plan as make_plan
 
     chosen = quant_config(
-        method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
+        method,
+        config,
+        bits=bits,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        alpha=alpha,
+        solver=solver,
+        weight_only=weight_only,
     )
-    planned = make_plan(model, chosen)
+    planned = make_plan(model, chosen, format=format)
     if as_json:
         print(json.dumps(plan_dict(planned)))
         return

@@ -13,18 +13,21 @@ from fewbits.cli.options import (
     Alpha,
     Asymmetric,
     Bits,
+    Format,
     GroupSize,
     Json,
     Method,
     Model,
     Quiet,
     Recipe,
+    Solver,
     WeightOnly,
     quant_config,
 )
 from fewbits.cli.units import bytes_text, seconds_text
 from fewbits.cli.watch import watcher
 from fewbits.errors import Interrupted
+from fewbits.formats import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,8 +50,10 @@ def quantize(
     group_size: GroupSize = None,
     asymmetric: Asymmetric = False,
     alpha: Alpha = None,
+    solver: Solver = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
+    format: Format = DEFAULT_FORMAT,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", metavar="FILE", help="Text, JSON lines, Parquet or token ids to calibrate with."),
@@ -71,7 +76,14 @@ def quantize(
     from fewbits.quantize import quantize as run
 
     chosen = quant_config(
-        method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
+        method,
+        config,
+        bits=bits,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        alpha=alpha,
+        solver=solver,
+        weight_only=weight_only,
     )
     try:
         report = run(
@@ -79,6 +91,7 @@ def quantize(
             out,
             chosen,
             calibration,
+            format=format,
             samples=samples,
             length=length,
             importance=importance.value,
@@ -115,6 +128,7 @@ def show(report: Report) -> None:
         f"{report.plan.effective_bits:.2f} bits per quantized weight) in {seconds_text(report.elapsed_s)}, "
         f"peak memory {bytes_text(report.peak_memory_bytes)}{resumed}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
