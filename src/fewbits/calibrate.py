@@ -30,8 +30,8 @@ from fewbits.errors import CalibrationError
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.skeleton import Part, Skeleton
-from fewbits.statistics import Statistics, StatisticsAccumulator
 from fewbits.states import States, write_states
+from fewbits.statistics import Statistics, StatisticsAccumulator
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, structure_of
 from fewbits.watching import Slot, watch
 

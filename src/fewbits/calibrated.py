@@ -53,7 +53,7 @@ class CalibratedConversion:
     seed: int = 0
     memory_limit: int | None = None
     device: str = "cpu"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bfloat16"
     timings: Timings = field(default_factory=Timings)
     importance_s: float = 0.0
     _solved: dict[str, SolvedLayer] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class CalibratedConversion:
         states = self._states(todo[0])
         first = 0 if states is None else states.block + 1
         with TensorReader(self.plan.source) as reader:
-            model = build_model(self.plan.source.path, self.dtype)
+            model = build_model(self.plan.source.path, getattr(torch, self.dtype))
             skeleton = Skeleton(model, self.plan.source, reader, self.device)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
             token_weights = self._token_weights(skeleton, layers) if self.importance else None

@@ -62,7 +62,7 @@ def load_states(path: Path) -> States:
     """Open what `write_states` wrote; each micro-batch's states are read when they are asked for."""
     from safetensors import safe_open
 
-    file = safe_open(str(path), "pt")
+    file: Any = safe_open(str(path), "pt")
     names = sorted(file.keys())
     _, block, structure = names[0].split(".")
     return States(int(block.removeprefix("block ")), structure.removeprefix("structure "), _InFile(file, names))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -32,8 +32,8 @@ class MicroBatch:
     """Some consecutive samples and where their forward stands.
 
     waiting: what it is suspended at; None before the start and after the end. arguments: those of the block it waits
-    for. output: what the last block returned. ready: what the block it waits for is to return without being run. result:
-    the decoder's last hidden states, once it ended, and what it returned them in.
+    for. output: what the last block returned. ready: what the block it waits for is to return without being run.
+    result: the decoder's last hidden states, once it ended, and what it returned them in.
     """
 
     index: int
@@ -64,8 +64,8 @@ class SuspendedForward:
     """The forwards of all micro-batches through one decoder.
 
     ids: [samples, length]. micro_batch: samples in one. skip: blocks that are not run, because `outputs` holds what the
-    last of them returned, one tensor a micro-batch, with `structure` telling in what form. stash: where hidden states in
-    front of blocks are put away, so that forwards hold stand-ins without memory.
+    last of them returned, one tensor a micro-batch, with `structure` telling in what form.
+    stash: where hidden states in front of blocks are put away, so that forwards hold stand-ins without memory.
     """
 
     skeleton: Skeleton
@@ -222,7 +222,7 @@ class SuspendedForward:
             return _with_first_tensor(args, kwargs, _stand_in(hidden))
         if hidden is not hidden_of(micro_batch.output):
             raise CalibrationError(
-                f"{type(self.skeleton.model).__name__} computes between its blocks, so their states cannot be put away.",
+                f"{type(self.skeleton.model).__name__} computes between its blocks; their states cannot be put away.",
                 "give a larger --memory, or none",
             )
         return args, kwargs
