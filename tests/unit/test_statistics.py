@@ -23,7 +23,8 @@ def test_all_parts_are_those_of_fp64(width: int, dtype: torch.dtype) -> None:
         accumulator.add(part)
     found = accumulator.finish()
     exact = rows.double().numpy()
-    bound = 1e-6 * np.abs(exact).T @ np.abs(exact)
+    # Sums of 700 products in fp32; rounding the rows to bf16 once would miss by a thousand times as much.
+    bound = 5e-6 * np.abs(exact).T @ np.abs(exact)
     assert bool((np.abs(found.gram.double().numpy() - exact.T @ exact) <= bound).all())
     assert torch.equal(found.gram, found.gram.T)
     assert np.array_equal(found.absmax.double().numpy(), np.abs(exact).max(0))
@@ -40,7 +41,7 @@ def test_weights_count_in_the_gram_and_nowhere_else(width: int) -> None:
         accumulator.add(part.view(-1, 5, width), part_weights)
     found = accumulator.finish()
     exact, w = rows.double().numpy(), weights.double().numpy()
-    bound = 2e-6 * np.abs(exact).T @ (np.abs(exact) * w[:, None])
+    bound = 5e-6 * np.abs(exact).T @ (np.abs(exact) * w[:, None])
     assert bool((np.abs(found.gram.double().numpy() - exact.T @ (exact * w[:, None])) <= bound).all())
     assert found.effective_tokens == pytest.approx(w.sum() ** 2 / (w**2).sum())
     assert np.array_equal(found.absmax.double().numpy(), np.abs(exact).max(0))
