@@ -54,7 +54,7 @@ class CalibratedConversion:
     strict: bool = False
     memory_limit: int | None = None
     device: str = "cpu"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bfloat16"
     timings: Timings = field(default_factory=Timings)
     importance_s: float = 0.0
     _solver: LayerSolver = field(init=False)
@@ -76,7 +76,7 @@ class CalibratedConversion:
         states = self._states(todo[0])
         first = 0 if states is None else states.block + 1
         with TensorReader(self.plan.source) as reader:
-            model = build_model(self.plan.source.path, self.dtype)
+            model = build_model(self.plan.source.path, getattr(torch, self.dtype))
             skeleton = Skeleton(model, self.plan.source, reader, self.device)
             self._solver = LayerSolver(self._planned, skeleton.read, self._check_finite)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]

@@ -272,30 +272,3 @@ def _vocabulary_size(model_dir: str | Path) -> int | None:
     nested = config.get("text_config")
     size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
     return size if isinstance(size, int) else None
-
-
-def write_own_text(model: Any, samples: int, length: int, seed: int = 0, batch: int = 32) -> Calibration:
-    """Let the model write its own text: sampled at temperature 1 from one random token each.
-
-    Args:
-        model: a transformers model for generation, with its weights.
-    """
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, config.vocab_size, (samples, 1), generator=generator)
-    start = getattr(config, "bos_token_id", None)
-    if isinstance(start, int) and 0 <= start < config.vocab_size:
-        first = torch.cat([torch.full((samples, 1), start), first], 1)
-    pieces = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for part in torch.split(first, batch):
-            new = length - part.shape[1]
-            pieces.append(
-                model.generate(
-                    part, attention_mask=torch.ones_like(part), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    min_new_tokens=new, max_new_tokens=new, pad_token_id=0,
-                )[:, :length]
-            )  # fmt: skip
-    note = Note(OWN_TEXT, "calibrated with text that the model wrote itself", "no calibration file was given")
-    return Calibration(torch.cat(pieces), OWN_TEXT, (note,))

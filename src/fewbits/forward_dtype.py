@@ -7,11 +7,31 @@ from functools import cache
 
 import torch
 
+from fewbits.errors import KernelError
+
 ROWS, WIDTH = 256, 1024
 RUNS = 3
 # bf16 also halves the memory of weights and states, and the measure must not tip over on a busy machine: the same
 # command has to give the same bytes.
 TIMES_SLOWER = 2.0
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that torch does not know or that is not there.
+
+    Raises:
+        KernelError: calibration cannot run on it.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise KernelError(f"{device!r} is no device.", "use cpu or cuda") from error
+    if kind not in ("cpu", "cuda"):
+        raise KernelError(f"Calibration does not run on {device!r}.", "use cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise KernelError(
+            f"{device} is not available: torch {torch.__version__} finds no CUDA device.", "use --device cpu"
+        )
 
 
 @cache

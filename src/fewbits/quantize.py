@@ -37,6 +37,8 @@ def quantize(
     length: int = 2048,
     importance: Literal["loss", "none"] = "loss",
     seed: int = 0,
+    memory_limit: int | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     strict: bool = False,
@@ -51,11 +53,14 @@ def quantize(
         model_dir: a Hugging Face checkpoint folder with safetensors in bf16, fp16 or fp32.
         out_dir: folder to make; refused if it exists, unless `overwrite`.
         config: methods by layer.
-        calibration: text (or token ids) for methods that look at activations.
+        calibration: text (or token ids) for methods that look at activations; "self" has the model write its own.
         format: how the result lies on disk: "compressed-tensors", "gptq" or "awq" (docs/formats.md).
         samples, length: how many samples of how many tokens of it are used.
         importance: "loss" weighs tokens by how much the loss cares about them; "none" counts all alike.
-        seed: of the labels that importance draws.
+        seed: of the labels that importance draws, and of text that the model writes itself.
+        memory_limit: bytes that hidden states of calibration data may take in memory; past them they wait in a file and
+            every block runs twice, with a note. None sets no limit.
+        device: where calibration forwards run: "cpu", "cuda", "cuda:1".
         allow_nonfinite: carry layers that hold NaN or infinite weights over unquantized, with a note, instead of
             failing.
         strict: raise PlanError where otherwise a note would be made.
@@ -80,10 +85,9 @@ def quantize(
         raise PlanError(f"strict: {planned.notes[0]}", "resolve it in the config, or run without --strict")
     text = None
     if needing and calibration is not None:
-        from fewbits.calibration import read_calibration
-
-        read = read_calibration(calibration, model_dir, samples, length)
-        text = CalibrationChoice(read, importance, seed)
+        text = _calibration_choice(
+            calibration, model_dir, samples, length, importance, seed, memory_limit, device, progress or Silent()
+        )
     with PartialFolder(out_dir, planned.source, planned.bytes_after, overwrite=overwrite) as folder:
         with Journal.open(folder.path, _fingerprint(planned, text)) as journal:
             run = _Run(planned, folder, journal, text, progress or Silent(), allow_nonfinite, strict)
@@ -91,13 +95,41 @@ def quantize(
         return run.finish()
 
 
+def _calibration_choice(
+    source: str | Path,
+    model_dir: str | Path,
+    samples: int,
+    length: int,
+    importance: str,
+    seed: int,
+    memory_limit: int | None,
+    device: str,
+    progress: Progress,
+) -> CalibrationChoice:
+    from fewbits.calibration import OWN_TEXT, read_calibration
+    from fewbits.forward_dtype import forward_dtype, require_device
+
+    require_device(device)
+    dtype = forward_dtype(device)
+    if str(source) == OWN_TEXT:
+        from fewbits.own_text import own_text
+
+        data = own_text(model_dir, samples, length, seed, dtype, device, progress)
+    else:
+        data = read_calibration(source, model_dir, samples, length)
+    return CalibrationChoice(data, importance, seed, str(dtype).removeprefix("torch."), memory_limit, device)
+
+
 @dataclass(frozen=True)
 class CalibrationChoice:
-    """The samples, and how their tokens are weighed."""
+    """The samples, how their tokens are weighed, and how the model is run on them."""
 
     data: Calibration
     importance: str
     seed: int
+    dtype: str
+    memory_limit: int | None
+    device: str
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -107,9 +139,13 @@ class CalibrationChoice:
             "source": self.data.source,
             "samples": samples,
             "length": length,
+            "tokens": self.data.tokens,
             "digest": self.data.digest,
             "importance": self.importance,
             "seed": self.seed,
+            "forward": self.dtype,
+            "memory_limit": self.memory_limit,
+            "device": self.device,
         }
 
 
@@ -128,13 +164,21 @@ class _Run:
     stages: dict[str, float] = field(default_factory=dict)
     resumed_shards: int = 0
 
+    @property
+    def _beforehand(self) -> tuple[Note, ...]:
+        """Notes that are known before the work."""
+        return self.plan.notes + (() if self.calibration is None else self.calibration.data.notes)
+
     def convert(self) -> None:
         """Write every shard that the journal does not hold yet."""
         if self.journal.carried:
             self.plan = without(self.plan, self.journal.carried)
         self.resumed_shards = len(self.journal.finished)
-        for note in self.plan.notes:
+        for note in self._beforehand:
             self.progress.note(note)
+        if self.strict and self.calibration is not None and self.calibration.data.notes:
+            note = self.calibration.data.notes[0]
+            raise PlanError(f"strict: {note}", "give more text, or run without --strict")
         while True:
             try:
                 self._convert_once()
@@ -165,6 +209,8 @@ class _Run:
             conversion = CalibratedConversion(
                 self.plan, self.folder, self.journal, self.calibration.data, self.progress,
                 importance=self.calibration.importance == "loss", seed=self.calibration.seed, strict=self.strict,
+                memory_limit=self.calibration.memory_limit, device=self.calibration.device,
+                dtype=self.calibration.dtype,
             )  # fmt: skip
             conversion.run(remaining, blocks)
             self.stages = {"importance_s": conversion.importance_s} | asdict(conversion.timings)
@@ -190,7 +236,7 @@ class _Run:
             out_dir=self.folder.out,
             plan=self.plan,
             layers=layers,
-            notes=self.plan.notes + tuple(Note(**note) for record in records for note in record["notes"]),
+            notes=self._beforehand + tuple(Note(**note) for record in records for note in record["notes"]),
             tensor_digests={name: digest for record in records for name, digest in record["tensors"].items()},
             elapsed_s=0.0,
             peak_memory_bytes=0,

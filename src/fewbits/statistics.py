@@ -5,7 +5,7 @@ H = Σ wₜ xₜ xₜᵀ over all tokens, with wₜ = 1 or the importance of tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,8 +37,7 @@ class Statistics:
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device."""
-        gram, absmax, absmean = (tensor.to(device) for tensor in (self.gram, self.absmax, self.absmean))
-        return Statistics(gram, absmax, absmean, self.tokens, self.effective_tokens)
+        return replace(self, gram=self.gram.to(device), absmax=self.absmax.to(device), absmean=self.absmean.to(device))
 
 
 class StatisticsAccumulator:

@@ -64,8 +64,8 @@ class SuspendedForward:
     """The forwards of all micro-batches through one decoder.
 
     ids: [samples, length]. micro_batch: samples in one. skip: blocks that are not run, because `outputs` holds what the
-    last of them returned, one tensor a micro-batch, with `structure` telling in what form. stash: where hidden states
-    in front of blocks are put away, so that forwards hold stand-ins without memory.
+    last of them returned, one tensor a micro-batch, with `structure` telling in what form.
+    stash: where hidden states in front of blocks are put away, so that forwards hold stand-ins without memory.
     """
 
     skeleton: Skeleton
@@ -222,7 +222,7 @@ class SuspendedForward:
             return _with_first_tensor(args, kwargs, _stand_in(hidden))
         if hidden is not hidden_of(micro_batch.output):
             raise CalibrationError(
-                f"{type(self.skeleton.model).__name__} computes between its blocks, whose states cannot be put away.",
+                f"{type(self.skeleton.model).__name__} computes between its blocks; their states cannot be put away.",
                 "give a larger --memory, or none",
             )
         return args, kwargs

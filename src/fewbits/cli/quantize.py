@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,7 @@ from fewbits.cli.options import (
     WeightOnly,
     quant_config,
 )
-from fewbits.cli.units import bytes_text, seconds_text
+from fewbits.cli.units import bytes_number, bytes_text, seconds_text
 from fewbits.cli.watch import watcher
 from fewbits.errors import Interrupted
 from fewbits.formats import DEFAULT_FORMAT
@@ -32,6 +33,7 @@ from fewbits.formats import DEFAULT_FORMAT
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fewbits.notes import Note
     from fewbits.report import LayerRecord, Report
 
 
@@ -55,8 +57,12 @@ def quantize(
     config: Recipe = None,
     format: Format = DEFAULT_FORMAT,
     calibration: Annotated[
-        Path | None,
-        typer.Option("--calibration", metavar="FILE", help="Text, JSON lines, Parquet or token ids to calibrate with."),
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Text, JSON lines, Parquet or token ids to calibrate with; 'self' has the model write its own text.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")] = 128,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a sample.")] = 2048,
@@ -64,6 +70,15 @@ def quantize(
         Importance, typer.Option("--importance", help="Weigh tokens by how much the loss cares about them.")
     ] = Importance.loss,
     seed: Annotated[int, typer.Option("--seed", help="Of the labels that importance draws.")] = 0,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory for hidden states (2GiB, 500MB, bytes); past it they wait in a file and blocks run twice.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where calibration runs: cpu or cuda.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Carry layers with NaN or infinite weights over unquantized.")
@@ -96,6 +111,8 @@ def quantize(
             length=length,
             importance=importance.value,
             seed=seed,
+            memory_limit=None if memory is None else bytes_number("--memory", memory),
+            device=device,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             strict=strict,
@@ -119,8 +136,10 @@ def show(report: Report) -> None:
     console.print(loss_table(report))
     worst = report.worst
     console.print(f"worst layer: {worst.name}, relative error {_error_text(worst)}", highlight=False)
-    for note in report.notes:
-        console.print(f"[yellow]note[/] {note}", highlight=False)
+    for line in note_lines(report.notes):
+        console.print(f"[yellow]note[/] {line}", highlight=False)
+    if report.calibration is not None:
+        console.print(calibration_line(report), highlight=False)
     resumed = f" · {report.resumed_shards} shards were finished before" if report.resumed_shards else ""
     before, after = report.plan.bytes_before, report.plan.bytes_after
     console.print(
@@ -129,6 +148,35 @@ def show(report: Report) -> None:
         f"peak memory {bytes_text(report.peak_memory_bytes)}{resumed}",
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def note_lines(notes: Sequence[Note]) -> list[str]:
+    """Notes as they are shown: those that differ in the layer alone on one line."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for note in notes:
+        layers.setdefault((note.what, note.why), []).append(note.layer)
+    lines = []
+    for (what, why), names in layers.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more}: {what} ({why})")
+    return lines
+
+
+STAGES = {
+    "importance_s": "importance", "files_s": "reading weights", "forward_s": "forward", "statistics_s": "statistics",
+    "solve_s": "solving",
+}  # fmt: skip
+
+
+def calibration_line(report: Report) -> str:
+    """What was calibrated with, and how long each stage took."""
+    facts = report.calibration
+    assert facts is not None
+    stages = [f"{STAGES[name]} {seconds_text(spent)}" for name, spent in report.stages.items() if name in STAGES]
+    return (
+        f"calibrated with {facts['tokens']:,} tokens of {facts['source']} ({facts['samples']} samples of "
+        f"{facts['length']:,}), forward in {facts['forward']}{': ' if stages else ''}{', '.join(stages)}"
     )
 
 

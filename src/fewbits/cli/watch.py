@@ -74,7 +74,7 @@ class Lines:
             return
         self._printed_s = now_s
         elapsed_s = now_s - self._started_s
-        remaining_s = elapsed_s / self._done * (self._total - self._done)
+        remaining_s = elapsed_s / max(self._done, 1) * (self._total - self._done)
         print(
             f"{self._stage}: {self._amount(self._done)} of {self._amount(self._total)}, {detail}, "
             f"{seconds_text(elapsed_s)} elapsed, about {seconds_text(remaining_s)} left",

@@ -53,12 +53,15 @@ def inverse_factor(H: torch.Tensor, damping: float = DAMPING) -> Factor | None:
 
 
 def _inverse_upper(H: torch.Tensor, added: float) -> torch.Tensor | None:
-    damped = H.clone()
+    damped = H.flip(0, 1)
     damped.diagonal().add_(added)
-    L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    L, failed = torch.linalg.cholesky_ex(damped)
+    # Let go of as they come: matrices this large set the peak memory of a whole run.
+    del damped
     if failed.item() or not torch.isfinite(L.diagonal()).all():
         return None
     M = L.flip(0, 1)
+    del L
     U = torch.zeros_like(M, memory_format=torch.contiguous_format)
     with fast_fp32():
         _invert_upper(M, U)

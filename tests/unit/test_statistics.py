@@ -1,0 +1,79 @@
+"""The accumulated statistic against NumPy in fp64, whatever the runs in which rows come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fewbits.statistics import StatisticsAccumulator
+
+
+def rows_of(count: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-2, 2, width)
+    return rows.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 33, 128, 129, 300, 1030])
+def test_all_parts_are_those_of_fp64(width: int, dtype: torch.dtype) -> None:
+    rows = rows_of(700, width, dtype)
+    accumulator = StatisticsAccumulator(width)
+    for part in torch.split(rows, [1, 300, 0, 399]):
+        accumulator.add(part)
+    found = accumulator.finish()
+    exact = rows.double().numpy()
+    # Sums of 700 products in fp32; rounding the rows to bf16 once would miss by a thousand times as much.
+    bound = 5e-6 * np.abs(exact).T @ np.abs(exact)
+    assert bool((np.abs(found.gram.double().numpy() - exact.T @ exact) <= bound).all())
+    assert torch.equal(found.gram, found.gram.T)
+    assert np.array_equal(found.absmax.double().numpy(), np.abs(exact).max(0))
+    assert found.absmean.numpy() == pytest.approx(np.abs(exact).mean(0), rel=1e-5)
+    assert found.tokens == 700 and found.effective_tokens == 700
+
+
+@pytest.mark.parametrize("width", [33, 300])
+def test_weights_count_in_the_gram_and_nowhere_else(width: int) -> None:
+    rows, weights = rows_of(640, width), torch.rand(640, generator=torch.Generator().manual_seed(3)) ** 4
+    weights[::7] = 0
+    accumulator = StatisticsAccumulator(width)
+    for part, part_weights in zip(torch.split(rows, 200), torch.split(weights, 200), strict=True):
+        accumulator.add(part.view(-1, 5, width), part_weights)
+    found = accumulator.finish()
+    exact, w = rows.double().numpy(), weights.double().numpy()
+    bound = 5e-6 * np.abs(exact).T @ (np.abs(exact) * w[:, None])
+    assert bool((np.abs(found.gram.double().numpy() - exact.T @ (exact * w[:, None])) <= bound).all())
+    assert found.effective_tokens == pytest.approx(w.sum() ** 2 / (w**2).sum())
+    assert np.array_equal(found.absmax.double().numpy(), np.abs(exact).max(0))
+
+
+def test_weights_of_one_change_nothing_and_their_number_must_fit() -> None:
+    rows = rows_of(50, 16)
+    plain, weighted = StatisticsAccumulator(16), StatisticsAccumulator(16)
+    plain.add(rows)
+    weighted.add(rows, torch.ones(50))
+    assert torch.equal(plain.finish().gram, weighted.finish().gram)
+    with pytest.raises(ValueError, match="50 rows of input, but 49 weights"):
+        plain.add(rows, torch.ones(49))
+
+
+def test_nothing_seen_is_all_zeros_and_nan_stays_visible() -> None:
+    nothing = StatisticsAccumulator(8).finish()
+    assert nothing.tokens == 0 and nothing.effective_tokens == 0 and bool((nothing.gram == 0).all())
+    poisoned = StatisticsAccumulator(8)
+    poisoned.add(torch.tensor([[torch.nan] + [1.0] * 7]))
+    assert bool(poisoned.finish().absmax.isnan().any())
+
+
+@pytest.mark.parametrize("width", [96, 1100])
+def test_one_thread_and_two_give_the_same_bits(width: int) -> None:
+    before, grams = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            accumulator = StatisticsAccumulator(width)
+            accumulator.add(rows_of(900, width))
+            grams.append(accumulator.finish().gram)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*grams)
