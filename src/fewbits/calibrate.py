@@ -271,9 +271,7 @@ class _BlockRun:
             )
             for slots, place in places.items():
                 wanting[slots].place, wanting[slots].sample = place, TokenSample(self._forward.ids.numel())
-            self._notes += refusal_notes(
-                (self._layers_of(wanting[refusal.consumers])[0], refusal.why) for refusal in refused
-            )
+            self._notes += refusal_notes((self._layers_of(wanting[r.consumers])[0], r.why) for r in refused)
         self._timings.folds_s += time.perf_counter() - before
 
     def _order(self, slot: Slot) -> tuple[int, int, int]:
