@@ -89,7 +89,8 @@ def main() -> None:
         for name, times in compiled_ms.items():
             median = statistics.median(times)
             row = {
-                "bench": "kernels", "shape": [args.rows, args.columns], "what": name, "threads": torch.get_num_threads(),
+                "bench": "kernels", "shape": [args.rows, args.columns], "what": name,
+                "threads": torch.get_num_threads(),
                 "median_ms": round(median, 2), "min_ms": round(min(times), 2), "max_ms": round(max(times), 2),
                 "of_copy_speed": round(copy_ms / median, 3),
                 "times_torch": round(statistics.median(torch_ms[name]) / median, 1), "runs": args.runs,

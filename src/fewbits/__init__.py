@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     )
     from fewbits.evaluate import evaluate
     from fewbits.inspect import inspect
+    from fewbits.linear import QuantLinear
+    from fewbits.load import load
     from fewbits.methods import AWQ, GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod, SmoothQuant
     from fewbits.plan import plan
     from fewbits.quantize import quantize
@@ -74,6 +76,8 @@ _HOME = {
     ),
     "evaluate": ("evaluate",),
     "inspect": ("inspect",),
+    "linear": ("QuantLinear",),
+    "load": ("load",),
     "methods": ("AWQ", "GPTQ", "Fp8E4M3", "Int4Asymmetric", "Int8Symmetric", "QuantMethod", "SmoothQuant"),
     "plan": ("plan",),
     "quantize": ("quantize",),
@@ -83,11 +87,11 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - by kind, as one looks for them
-    "quantize", "plan", "evaluate", "verify", "inspect",
+    "quantize", "plan", "load", "evaluate", "verify", "inspect",
     "QuantConfig", "QuantMethod", "Int8Symmetric", "Int4Asymmetric", "Fp8E4M3", "AWQ", "SmoothQuant", "GPTQ",
     "quantize_int8_symmetric", "dequantize_int8_symmetric", "quantize_int4_asymmetric", "dequantize_int4_asymmetric",
     "quantize_fp8_e4m3", "dequantize_fp8_e4m3", "smooth_quant_scales", "pack_int4", "unpack_int4",
-    "estimate_memory_savings", "QuantizedTensor", "QuantizedWeight",
+    "estimate_memory_savings", "QuantizedTensor", "QuantizedWeight", "QuantLinear",
     "FewbitsError", "QuantizationError", "ConfigError", "PlanError", "CheckpointError", "CalibrationError",
     "MissingDependencyError", "KernelError", "OutputError", "VerificationError",
 ]  # fmt: skip

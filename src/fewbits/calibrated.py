@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fewbits.calibrate import BlockDone, Timings, TokenWeights, load_states, micro_batch_size, run_blocks
+from fewbits.calibrate import BlockDone, Timings, TokenWeights, bytes_in_flight, micro_batch_size, run_blocks
 from fewbits.calibration import Calibration
 from fewbits.checkpoints.journal import Journal
 from fewbits.checkpoints.partial import PartialFolder
@@ -21,16 +21,23 @@ from fewbits.convert import NonFiniteWeights, ShardWork
 from fewbits.errors import PlanError
 from fewbits.folded_layers import LayerSolver
 from fewbits.formats import FORMATS
-from fewbits.importance import measure_importance
+from fewbits.importance import MEMORY_LIMIT, measure_importance
 from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
+from fewbits.notes import Note
 from fewbits.plan import Plan
 from fewbits.progress import Progress
 from fewbits.skeleton import Skeleton, build_model
+from fewbits.states import load_states, write_tensors
 from fewbits.token_weights import shared_weights
 
 IMPORTANCE_FILE = "importance.safetensors"
 STATES_FILE = "states-{block}.safetensors"
+
+
+def step_text(block: str, layers: Sequence[LinearLayer]) -> str:
+    """ "model.layers.3: q_proj, k_proj, v_proj": a block and the linears in it that were solved together."""
+    return f"{block}: {', '.join(layer.name.removeprefix(f'{block}.').rpartition('.')[2] for layer in layers)}"
 
 
 @dataclass
@@ -46,6 +53,8 @@ class CalibratedConversion:
     seed: int = 0
     strict: bool = False
     memory_limit: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
     timings: Timings = field(default_factory=Timings)
     importance_s: float = 0.0
     _solver: LayerSolver = field(init=False)
@@ -67,20 +76,34 @@ class CalibratedConversion:
         states = self._states(todo[0])
         first = 0 if states is None else states.block + 1
         with TensorReader(self.plan.source) as reader:
-            skeleton = Skeleton(build_model(self.plan.source.path, torch.bfloat16), self.plan.source, reader)
+            model = build_model(self.plan.source.path, self.dtype)
+            skeleton = Skeleton(model, self.plan.source, reader, self.device)
             self._solver = LayerSolver(self._planned, skeleton.read, self._check_finite)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
             token_weights = self._token_weights(skeleton, layers) if self.importance else None
-            self.progress.begin("calibrating", len(skeleton.blocks) - first, "blocks")
+            self._note_two_forwards(skeleton, layers, first)
+            remaining = sum(layer.block is not None and layer.block >= first for layer in layers)
+            self.progress.begin("calibrating", remaining, "linears")
             for done in run_blocks(
                 skeleton, self.calibration.ids, layers, self._solver.solve_plainly,
-                token_weights=token_weights, folding=self._solver if self._solver.is_folding else None,
-                states=states, memory_limit=self.memory_limit,
+                token_weights=token_weights, folding=self._solver if self._solver.is_folding else None, states=states,
+                memory_limit=self.memory_limit, folder=self.folder.scratch,
+                watcher=lambda block, group: self.progress.advance(len(group), step_text(block, group)),
             ):  # fmt: skip
-                self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
+                if done.block in blocks:
+                    self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
                 self.timings = done.timings
-                self.progress.advance(1, done.name)
             self.progress.end()
+            for block in range(len(skeleton.blocks)):
+                self._states_path(block).unlink(missing_ok=True)
+
+    def _note_two_forwards(self, skeleton: Skeleton, layers: Sequence[LinearLayer], first: int) -> None:
+        """Say so where states in flight do not fit; only once, however often the run is interrupted."""
+        needed = bytes_in_flight(skeleton, self.calibration.tokens, layers)
+        if self.memory_limit is None or needed <= self.memory_limit or first > 0:
+            return
+        why = f"states in flight would take {needed:,} bytes, and {self.memory_limit:,} are allowed"
+        self._solver.note(Note("calibration", "every block runs twice, its states wait in a file", why))
 
     def _token_weights(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> TokenWeights:
         """The importance of tokens to a group of linears, measured once and kept for the case of an interruption."""
@@ -93,13 +116,12 @@ class CalibratedConversion:
             weights = measure_importance(
                 skeleton, self.calibration.ids, layers,
                 micro_batch=micro_batch_size(self.calibration.ids.shape[1]), seed=self.seed, folder=self.folder.scratch,
+                memory_limit=min(MEMORY_LIMIT, self.memory_limit if self.memory_limit is not None else MEMORY_LIMIT),
                 watcher=lambda stage, done, total: self.progress.advance(1, stage),
             ).weights  # fmt: skip
             self.progress.end()
             self.importance_s = time.perf_counter() - before
-            temporary = path.with_suffix(".unfinished")
-            save_file(weights, str(temporary))
-            temporary.replace(path)
+            write_tensors(path, weights)
 
         def of_group(group: Sequence[LinearLayer]) -> torch.Tensor | None:
             known = [weights[layer.name] for layer in group if layer.name in weights]
@@ -152,9 +174,7 @@ class CalibratedConversion:
         finally:
             writer.abort()
         path = self._states_path(done.block)
-        temporary = path.with_suffix(".unfinished")
-        if done.save_states(temporary):
-            temporary.replace(path)
+        done.save_states(path)
         records = [asdict(solved.records[layer.name]) for _, layer in work.sources if layer is not None]
         for note in notes:
             self.progress.note(note)

@@ -6,15 +6,14 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fewbits.checkpoints.reader import TensorReader
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.errors import QuantizationError
-from fewbits.formats import FORMATS, compressed_tensors
-from fewbits.formats.compressed_tensors_rows import encode_rows
+from fewbits.formats import FORMATS, Format
 from fewbits.kernels.rows import code_bytes, holds_nonfinite, round_tile
 from fewbits.kernels.threads import thread_count
 from fewbits.layout import TensorEntry
@@ -23,9 +22,6 @@ from fewbits.plan import Plan, PlannedLayer
 from fewbits.progress import Progress
 from fewbits.report import LayerRecord, layer_record
 from fewbits.search import DATA_FREE_SEARCH
-
-if TYPE_CHECKING:
-    from fewbits.checkpoints.buffers import Content
 
 # Beyond this many, threads would only wait for the disk; each has its own buffers.
 MOST_THREADS = 16
@@ -95,7 +91,7 @@ class Conversion:
             def prepare() -> Work:
                 counter = _Counter()
                 counters.append(counter)
-                worker = _Worker(self.plan.format, reader, counter, self.allow_nonfinite)
+                worker = _Worker(FORMATS[self.plan.format], reader, counter, self.allow_nonfinite)
 
                 def work(job: int, check: Callable[[], None]) -> None:
                     shard, place = jobs[job]
@@ -191,7 +187,7 @@ class _Closer:
 class _Worker:
     """What one thread has: a buffer for tiles as they are read, and one for their codes."""
 
-    format: str
+    format: Format
     reader: TensorReader
     counter: _Counter
     allow_nonfinite: bool
@@ -201,13 +197,13 @@ class _Worker:
         """Write what a source tensor becomes; the record of a layer that was quantized."""
         entry, layer = source
         self.counter.name = entry.name
-        written: dict[str, int] = {}
+        parts = None if layer is None else _Parts(self.format, layer, writer)
         error = norm = 0.0
         for tile in tiles(entry, layer):
             check()
             content = self._buffer("read", tile.stop - tile.start)
             self.reader.read_bytes(entry.name, tile.start, content)
-            if layer is None:
+            if layer is None or parts is None:
                 if not self.allow_nonfinite and holds_nonfinite(content, entry.dtype):
                     raise NonFiniteWeights(entry, None)
                 writer.write(entry.name, content, tile.start)
@@ -215,21 +211,24 @@ class _Worker:
                 encoded, tile_error, tile_norm = self._round(tile, layer, content)
                 error += tile_error
                 norm += tile_norm
-                _write(writer, encoded, written)
+                parts.write(encoded)
             self.counter.bytes += tile.stop - tile.start
-        return None if layer is None else layer_record(layer, error, norm)
+        if layer is None or parts is None:
+            return None
+        parts.finish()
+        return layer_record(layer, error, norm)
 
-    def _round(self, tile: Tile, layer: PlannedLayer, content: Any) -> tuple[Mapping[str, Content], float, float]:
+    def _round(
+        self, tile: Tile, layer: PlannedLayer, content: Any
+    ) -> tuple[Mapping[str, np.ndarray[Any, Any]], float, float]:
         assert layer.method is not None
-        if self.format != compressed_tensors.NAME:
-            return _round_with_torch(self.format, tile, layer, content)
         scheme, columns = layer.method.scheme, layer.shape[1]
         row_bytes = tile.entry.nbytes // tile.entry.shape[0]
         codes = self._buffer("codes", content.size // row_bytes * code_bytes(scheme, columns))
-        rows = round_tile(content, tile.entry.dtype, columns, scheme, DATA_FREE_SEARCH, codes)
+        rows = round_tile(content, tile.entry.dtype, columns, scheme, DATA_FREE_SEARCH, layer.scale_dtype, codes)
         if rows.nonfinite:
             raise NonFiniteWeights(tile.entry, layer.name)
-        encoded = encode_rows(layer.name, rows, scheme, layer.shape, tile.first_row)
+        encoded = self.format.encode_rows(layer.name, rows, scheme, layer.shape, tile.first_row)
         return encoded, rows.squared_error, rows.squared_norm
 
     def _buffer(self, name: str, size: int) -> np.ndarray[Any, Any]:
@@ -239,25 +238,31 @@ class _Worker:
         return self._buffers[name][:size]
 
 
-def _write(writer: ShardWriter, encoded: Mapping[str, Content], written: dict[str, int]) -> None:
-    for name, content in encoded.items():
-        offset = written.get(name, 0)
-        writer.write(name, content, offset)
-        written[name] = offset + content.nbytes
+class _Parts:
+    """The stored tensors of one layer, on their way to the file as tiles of its rows come in."""
 
+    def __init__(self, format: Format, layer: PlannedLayer, writer: ShardWriter) -> None:
+        self._writer = writer
+        self._across = format.ROW_AXIS == 1
+        self._shapes = {tensor.name: tensor.shape for tensor in layer.outputs}
+        self._filled: dict[str, int] = {}
+        self._whole: dict[str, np.ndarray[Any, Any]] = {}
 
-def _round_with_torch(
-    format: str, tile: Tile, layer: PlannedLayer, content: Any
-) -> tuple[Mapping[str, Content], float, float]:
-    """For formats that take weights as tensors only."""
-    import torch
+    def write(self, encoded: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Take the parts that come from one tile; columns are kept until all are there."""
+        for name, part in encoded.items():
+            filled = self._filled.get(name, 0)
+            if self._across and part.ndim == 2:
+                if name not in self._whole:
+                    self._whole[name] = np.empty(self._shapes[name], part.dtype)
+                self._whole[name][:, filled : filled + part.shape[1]] = part
+                self._filled[name] = filled + part.shape[1]
+            else:
+                self._writer.write(name, part, filled)
+                self._filled[name] = filled + part.nbytes
 
-    from fewbits.solvers.rtn import quantize_rows
-
-    assert layer.method is not None
-    weight = torch.from_numpy(content).view(tile.entry.torch_dtype).view(-1, layer.shape[1])
-    rounded = quantize_rows(weight, layer.method)
-    if rounded.nonfinite:
-        raise NonFiniteWeights(tile.entry, layer.name)
-    encoded = FORMATS[format].encode(layer.name, rounded.weight, layer.shape, tile.first_row)
-    return encoded, rounded.squared_error, rounded.squared_norm
+    def finish(self) -> None:
+        """Write what was kept."""
+        for name, whole in self._whole.items():
+            self._writer.write(name, whole)
+        self._whole.clear()

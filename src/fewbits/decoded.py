@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from fewbits.checkpoints.reader import Checkpoint, TensorReader, open_checkpoint
 from fewbits.errors import CheckpointError, MissingDependencyError
-from fewbits.formats import FORMATS
+from fewbits.formats import FORMATS, Format, format_of_config
 from fewbits.schemes import Scheme
 
 
@@ -89,25 +90,32 @@ def split_quantized(checkpoint: Checkpoint) -> tuple[dict[str, StoredLayer], lis
     config = checkpoint.config.get("quantization_config")
     if not config:
         return {}, list(checkpoint.tensors)
-    chosen = config.get("quant_method")
-    if chosen not in FORMATS:
+    chosen = format_of_config(config)
+    if chosen is None:
         raise CheckpointError(
-            f"{checkpoint.path}: quantization method {chosen!r} is not one that can be decoded here.",
+            f"{checkpoint.path}: quantization method {config.get('quant_method')!r} is not one that can be decoded "
+            "here.",
             f"known are {', '.join(FORMATS)}",
         )
-    modules = [name.removesuffix(".weight_scale") for name in checkpoint.tensors if name.endswith(".weight_scale")]
+    modules = chosen.quantized_modules(checkpoint.tensors)
     members: dict[str, list[str]] = {module: [] for module in modules}
     plain: list[str] = []
     for name in checkpoint.tensors:
-        module, _, last = name.rpartition(".")
-        (members[module] if module in members and last.startswith("weight") else plain).append(name)
-    schemes = FORMATS[chosen].schemes_from_config(config, modules)
+        module = _module_of(name, members, chosen)
+        (plain if module is None else members[module]).append(name)
+    schemes = chosen.schemes_from_config(config, modules)
     layers = {}
     for module, scheme in schemes.items():
         if scheme is None:
             raise CheckpointError(f"{checkpoint.path}: {module} has scales, but config.json says it is not quantized.")
-        layers[module] = StoredLayer(chosen, scheme, tuple(members[module]))
+        layers[module] = StoredLayer(chosen.NAME, scheme, tuple(members[module]))
     return layers, plain
+
+
+def _module_of(tensor: str, modules: Container[str], chosen: Format) -> str | None:
+    """The quantized module that a tensor belongs to; None if it is a tensor of its own."""
+    module, _, part = tensor.rpartition(".")
+    return module if module in modules and part.startswith(chosen.PARTS) else None
 
 
 class _RoundedInput:

@@ -1,6 +1,6 @@
 """What inference engines make of a planned checkpoint: whether they load it, whether on a fast kernel, and why not.
 
-Facts about compressed-tensors checkpoints as read and tried with vLLM 0.32 and transformers 5.23; see docs/formats.md.
+Facts as read and tried with vLLM 0.32 and transformers 5.23 (with gptqmodel 7.7 for GPTQ and AWQ); see docs/formats.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fewbits.schemes import Scheme
 
 PACKED_KERNEL_GROUPS = (0, 32, 64, 128)
+CPU_PANEL = 32
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,56 @@ def _never(layer: PlannedScheme) -> str | None:
     return None
 
 
-_ENGINES: dict[str, tuple[bool, Refusal, Refusal]] = {
-    # engine: (fuses q/k/v and gate/up, why it refuses a layer, why a layer runs slowly)
-    "vLLM (GPU)": (True, _vllm_refuses, _packed_kernel_slow),
-    "vLLM (CPU)": (True, _vllm_cpu_refuses, _vllm_cpu_slow),
-    "SGLang (GPU)": (True, _vllm_refuses, _packed_kernel_slow),
-    "transformers": (False, _never, _transformers_slow),
+def _gptq_refuses(layer: PlannedScheme) -> str | None:
+    scheme = layer.scheme
+    if not scheme.symmetric:
+        return "no kernel for zero points in this layout; awq has them at 4 bits"
+    if scheme.bits not in (4, 8):
+        return f"no kernel for {scheme.bits} bits"
+    if scheme.group_size not in PACKED_KERNEL_GROUPS:
+        return f"no kernel for group size {scheme.group_size}"
+    return None
+
+
+def _gptq_cpu_refuses(layer: PlannedScheme) -> str | None:
+    return f"no CPU kernel for {layer.scheme}" if layer.scheme.bits == 8 else _gptq_refuses(layer) or _ragged(layer)
+
+
+def _ragged(layer: PlannedScheme) -> str | None:
+    """The CPU kernel takes whole panels."""
+    for count, what in ((layer.out_features, "outputs"), (layer.in_features, "inputs")):
+        if count % CPU_PANEL:
+            return f"{count} {what} are no multiple of {CPU_PANEL}"
+    return None
+
+
+def _needs_gptqmodel(layer: PlannedScheme) -> str | None:
+    return "needs gptqmodel"
+
+
+# engine: (fuses q/k/v and gate/up, why it refuses a layer, why a layer runs slowly)
+_Engines = dict[str, tuple[bool, Refusal, Refusal]]
+_GPTQ: _Engines = {
+    "vLLM (GPU)": (True, _gptq_refuses, _packed_kernel_slow),
+    "vLLM (CPU)": (True, _gptq_cpu_refuses, _never),
+    "SGLang (GPU)": (True, _gptq_refuses, _packed_kernel_slow),
+    "transformers": (False, _never, _needs_gptqmodel),
+}
+_ENGINES: dict[str, _Engines] = {
+    "compressed-tensors": {
+        "vLLM (GPU)": (True, _vllm_refuses, _packed_kernel_slow),
+        "vLLM (CPU)": (True, _vllm_cpu_refuses, _vllm_cpu_slow),
+        "SGLang (GPU)": (True, _vllm_refuses, _packed_kernel_slow),
+        "transformers": (False, _never, _transformers_slow),
+    },
+    "gptq": _GPTQ,
+    "gptq_v2": _GPTQ,
+    "awq": {
+        "vLLM (GPU)": (True, _never, _packed_kernel_slow),
+        "vLLM (CPU)": (True, _ragged, _never),
+        "SGLang (GPU)": (True, _never, _packed_kernel_slow),
+        "transformers": (False, _never, _needs_gptqmodel),
+    },
 }
 
 
@@ -112,22 +157,22 @@ def _asymmetric_in_a_mix(layers: Iterable[PlannedScheme]) -> tuple[str, ...]:
     return ("asymmetric layers beside others: transformers from 5.23 on mistakes the shape of their zero points",)
 
 
-def engine_support(layers: list[PlannedScheme], unlike_fusions: list[str]) -> tuple[EngineSupport, ...]:
+def engine_support(layers: list[PlannedScheme], unlike_fusions: list[str], format: str) -> tuple[EngineSupport, ...]:
     """What each engine makes of these layers.
 
     Args:
-        layers: every quantized linear.
+        layers: every quantized linear. format: how they lie on disk.
         unlike_fusions: descriptions of groups that engines fuse (q/k/v, gate/up) whose members differ in scheme.
     """
     supports = []
-    for engine, (fuses, refuses, slow) in _ENGINES.items():
+    for engine, (fuses, refuses, slow) in _ENGINES[format].items():
         reasons = _tally(layers, refuses)
         if fuses:
             reasons += tuple(f"fused layers of unlike schemes: {fusion}" for fusion in unlike_fusions[:3])
-        if engine == "transformers":
+        if (engine, format) == ("transformers", "compressed-tensors"):
             reasons += _asymmetric_in_a_mix(layers)
         loads = not reasons
         slow_reasons = _tally(layers, slow) if loads else ()
         supports.append(EngineSupport(engine, loads, loads and not slow_reasons, reasons + slow_reasons))
-    supports.append(EngineSupport("llama.cpp", False, False, ("reads GGUF, not compressed-tensors",)))
+    supports.append(EngineSupport("llama.cpp", False, False, (f"reads GGUF, not {format}",)))
     return tuple(supports)

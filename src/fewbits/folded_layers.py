@@ -50,6 +50,10 @@ class LayerSolver:
         self._begin()
         return done
 
+    def note(self, note: Note) -> None:
+        """Add a note to the block at hand."""
+        self._block.notes.append(note)
+
     @property
     def is_folding(self) -> bool:
         """Whether any method has a transform."""

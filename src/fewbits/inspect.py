@@ -15,9 +15,10 @@ import torch
 
 from fewbits.checkpoints.reader import Checkpoint, TensorReader, open_checkpoint
 from fewbits.errors import CheckpointError
-from fewbits.formats import FORMATS
+from fewbits.formats import Format, format_of_config
 from fewbits.layers import natural_order
 from fewbits.layout import WEIGHT_DTYPES, TensorEntry
+from fewbits.schemes import Scheme
 
 # Tensors that belong to a quantized weight, by what follows the module's name.
 QUANTIZED_PARTS = (
@@ -28,6 +29,8 @@ QUANTIZED_PARTS = (
 SCALE_PARTS = ("weight_scale", "weight_scale_inv", "scales")
 # What makes a module quantized; the other parts only come along.
 SIGNS = ("weight_packed", "weight_scale", "weight_scale_inv", "qweight", "SCB", "weight.absmax")
+# What tells whether a layer is as the config says.
+SMALL_PARTS = ("qzeros", "g_idx")
 SCALE_TILE = 4 * 2**20
 
 
@@ -167,7 +170,7 @@ def _weights(
         if "qweight" not in parts and "weight_packed" not in parts and f"{name}.weight" in checkpoint.tensors:
             parts["weight"] = checkpoint.tensors[f"{name}.weight"]
         taken.update(entry.name for entry in parts.values())
-    told = _told_by_config(config, modules, notes)
+    told = _told_by_config(config, modules, reader, notes)
     weights = [_quantized(name, parts, config, told.get(name), reader) for name, parts in modules.items()]
     weights += [
         _Weight(name, entry.dtype, entry.shape, (entry,), False)
@@ -177,24 +180,35 @@ def _weights(
     return sorted(weights, key=lambda weight: natural_order(weight.name))
 
 
-def _told_by_config(config: Mapping[str, Any], modules: Iterable[str], notes: list[str]) -> dict[str, str]:
-    """What the config says of each layer's numbers, in words."""
-    method = config.get("quant_method")
-    if config.get("dynamic"):
-        notes.append("config.json has rules for single layers (`dynamic`), which are not shown")
-    if method in FORMATS:
-        try:
-            schemes = FORMATS[method].schemes_from_config(config, modules)
-        except CheckpointError as error:
-            notes.append(error.message)
-            return {}
-        return {name: str(scheme) for name, scheme in schemes.items() if scheme is not None}
-    if method in ("gptq", "awq"):
-        bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
-        symmetric = config.get("sym") if method == "gptq" else not config.get("zero_point", True)
-        span = "per channel" if size == -1 else f"group {size}"
-        return dict.fromkeys(modules, f"int{bits}{'' if symmetric else ' asymmetric'} {span}")
-    return {}
+def _told_by_config(
+    config: Mapping[str, Any], modules: Mapping[str, Mapping[str, TensorEntry]], reader: TensorReader, notes: list[str]
+) -> dict[str, str]:
+    """What the config says of each layer's numbers, in words; a note where the layer says otherwise."""
+    chosen = format_of_config(config)
+    if chosen is None:
+        return {}
+    try:
+        schemes = chosen.schemes_from_config(config, modules)
+    except CheckpointError as error:
+        notes.append(error.message)
+        return {}
+    remarks: dict[str, list[str]] = {}
+    for name, scheme in schemes.items():
+        small = [modules[name][part] for part in SMALL_PARTS if part in modules[name]]
+        if scheme is not None and any(entry.name.endswith(".qzeros") for entry in small):
+            remark = _remark(chosen, name, scheme, {entry.name: reader.read(entry.name) for entry in small})
+            if remark is not None:
+                remarks.setdefault(remark, []).append(name)
+    notes += [f"{names[0]} and {len(names) - 1} more: {remark}" for remark, names in remarks.items()]
+    return {name: str(scheme) for name, scheme in schemes.items() if scheme is not None}
+
+
+def _remark(chosen: Format, name: str, scheme: Scheme, small: Mapping[str, torch.Tensor]) -> str | None:
+    zeros = small[f"{name}.qzeros"]
+    try:
+        return chosen.remark(name, small, scheme, zeros.shape[-1] * 32 // scheme.bits)
+    except CheckpointError as error:
+        return error.message
 
 
 def _quantized(

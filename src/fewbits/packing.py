@@ -124,9 +124,14 @@ def flip_top_bit(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def decode(weight: QuantizedWeight) -> torch.Tensor:
-    """W = (code − zero) · scale in fp32, [N, K]."""
+    """W = (code − zero) · scale in fp32, [N, K], inputs in the model's order."""
     codes, scales, zeros = open_codes(weight)
-    return decode_codes(codes, scales, zeros, weight.method.scheme)
+    values = decode_codes(codes, scales, zeros, weight.method.scheme)
+    if weight.input_order is None:
+        return values
+    restored = torch.empty_like(values)
+    restored[:, weight.input_order] = values
+    return restored
 
 
 def decode_codes(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:

@@ -14,12 +14,14 @@ from fewbits.checkpoints.reader import Checkpoint, open_checkpoint
 from fewbits.config import QuantConfig
 from fewbits.engines import EngineSupport, PlannedScheme, engine_support
 from fewbits.errors import PlanError
-from fewbits.formats import FORMATS, Format
+from fewbits.formats import DEFAULT_FORMAT, FORMATS, Format
+from fewbits.kernels.threads import thread_count
 from fewbits.layers import LinearLayer, block_index, find_layers, fusion_groups
 from fewbits.layout import OutputTensor, Shard
 from fewbits.methods import QuantMethod
 from fewbits.notes import Note
 from fewbits.patterns import Overrides, nearest_layer
+from fewbits.schemes import Scheme
 
 COMMON_GROUP_SIZES = (32, 64, 128, 256)
 TILE_BYTES = 16 * 2**20
@@ -29,7 +31,10 @@ PROCESS_BYTES = 320 * 2**20
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One linear layer: what becomes of it, and its bytes before and after (codes, scales and zero points)."""
+    """One linear layer: what becomes of it, and its bytes before and after (codes, scales and zero points).
+
+    scale_dtype: safetensors name of what its scales are stored in.
+    """
 
     layer: LinearLayer
     method: QuantMethod | None
@@ -37,6 +42,7 @@ class PlannedLayer:
     outputs: tuple[OutputTensor, ...]
     bytes_before: int
     bytes_after: int
+    scale_dtype: str
 
     @property
     def name(self) -> str:
@@ -76,6 +82,11 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.method is not None)
 
     @property
+    def schemes(self) -> dict[str, Scheme | None]:
+        """The scheme of every linear layer by name; None where it stays unquantized."""
+        return _schemes(self.layers)
+
+    @property
     def bytes_before(self) -> int:
         """Bytes of the source's weight files."""
         return self.source.nbytes
@@ -101,7 +112,7 @@ def plan(
     model_dir: str | Path,
     config: QuantConfig,
     *,
-    format: str = "compressed-tensors",
+    format: str = DEFAULT_FORMAT,
     carry: Sequence[str] = (),
 ) -> Plan:
     """Say what `quantize` would do to the checkpoint in `model_dir`, from headers alone.
@@ -116,21 +127,29 @@ def plan(
         CheckpointError: the folder is no readable, unquantized checkpoint.
         QuantizationError: the config is invalid.
         PlanError: config and model do not go together: a pattern that matches nothing, a group size that does not
-            divide, a width that the format cannot store.
+            divide, a width that the format cannot store; or there is no such format.
     """
     config.validate()
+    if format not in FORMATS:
+        raise PlanError(f"'{format}' is no format.", f"known are {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(model_dir)
-    chosen_format = FORMATS[format]
     linears, notes = find_layers(checkpoint.headers, checkpoint.config)
     _refuse_unmatched(config, checkpoint, linears)
     overrides = config.overrides()
     chosen = [_choose(layer, config, overrides, carry) for layer in linears]
+    chosen_format = _settled(format, chosen, notes)
     _refuse_impossible(chosen, chosen_format)
     layers = tuple(_with_outputs(layer, method, reason, checkpoint, chosen_format) for layer, method, reason in chosen)
     if not any(layer.method is not None for layer in layers):
         raise PlanError(
             f"{checkpoint.path}: nothing is left to quantize: {len(layers)} linear layers found, all of them skipped.",
             "name a method for at least one layer; `fewbits inspect` lists the layers",
+        )
+    reason = chosen_format.why_not_together(_schemes(layers))
+    if reason is not None:
+        raise PlanError(
+            f"{checkpoint.path}: these layers cannot be stored together: {reason}.",
+            f"--format {DEFAULT_FORMAT} stores any mix of schemes",
         )
     unlike = _unlike_fusions(layers)
     notes += [Note(fusion, "engines that fuse these layers will refuse them", "unlike schemes") for fusion in unlike]
@@ -140,13 +159,32 @@ def plan(
     return Plan(
         source=checkpoint,
         config=config,
-        format=format,
+        format=chosen_format.NAME,
         layers=layers,
         shards=_shards(checkpoint, layers),
-        engines=engine_support(planned_schemes, unlike),
+        engines=engine_support(planned_schemes, unlike, chosen_format.NAME),
         notes=tuple(notes),
-        peak_memory_bytes=PROCESS_BYTES + 8 * TILE_BYTES,
+        peak_memory_bytes=PROCESS_BYTES + 8 * TILE_BYTES + _collected_bytes(chosen_format, layers),
     )
+
+
+def _schemes(layers: Iterable[PlannedLayer]) -> dict[str, Scheme | None]:
+    return {layer.name: None if layer.method is None else layer.method.scheme for layer in layers}
+
+
+def _collected_bytes(chosen_format: Format, layers: Iterable[PlannedLayer]) -> int:
+    """What whole weights take in memory, one a thread, where tiles of rows do not follow each other in the file."""
+    if chosen_format.ROW_AXIS == 0:
+        return 0
+    return thread_count() * max(layer.bytes_after for layer in layers if layer.method is not None)
+
+
+def _settled(format: str, chosen: Iterable[Choice], notes: list[Note]) -> Format:
+    """The variation of the format that stores all that was chosen."""
+    name = FORMATS[format].settled(method.scheme for _, method, _ in chosen if method is not None)
+    if name != format:
+        notes.append(Note("the checkpoint", f"written as {name}", f"{format} cannot store all of its schemes"))
+    return FORMATS[name]
 
 
 Choice = tuple[LinearLayer, QuantMethod | None, str | None]
@@ -203,9 +241,18 @@ def _refuse_impossible(chosen: list[Choice], chosen_format: Format) -> None:
             continue
         refusal = chosen_format.why_not(scheme, (layer.out_features, layer.in_features))
         if refusal is not None:
-            raise PlanError(f"{layer.name}: {method} cannot be stored: {refusal}.")
+            raise PlanError(f"{layer.name}: {method} cannot be stored: {refusal}.", _elsewhere(layer, scheme))
     if ragged:
         raise PlanError("\n".join(_ragged_line(*key, names) for key, names in ragged.items()), _ragged_hint(ragged))
+
+
+def _elsewhere(layer: LinearLayer, scheme: Scheme) -> str:
+    """A hint at a format that does store this scheme, if there is one."""
+    for name, other in FORMATS.items():
+        settled = FORMATS[other.settled([scheme])]
+        if settled.why_not(scheme, (layer.out_features, layer.in_features)) is None:
+            return f"--format {name} stores it"
+    return "give this layer another method in a recipe (--config)"
 
 
 def _ragged_line(in_features: int, group_size: int, names: list[str]) -> str:
@@ -224,13 +271,14 @@ def _with_outputs(
     layer: LinearLayer, method: QuantMethod | None, reason: str | None, checkpoint: Checkpoint, chosen_format: Format
 ) -> PlannedLayer:
     entry = checkpoint.tensors[layer.tensor]
+    scale_dtype = chosen_format.scale_dtype(entry.dtype)
     if method is None:
         outputs: tuple[OutputTensor, ...] = (OutputTensor(entry.name, entry.dtype, entry.shape),)
     else:
         shape = (layer.out_features, layer.in_features)
-        outputs = chosen_format.tensors_for(layer.name, method.scheme, shape, entry.dtype)
+        outputs = chosen_format.tensors_for(layer.name, method.scheme, shape, scale_dtype)
     after = sum(tensor.nbytes for tensor in outputs)
-    return PlannedLayer(layer, method, reason, outputs, entry.nbytes, after)
+    return PlannedLayer(layer, method, reason, outputs, entry.nbytes, after, scale_dtype)
 
 
 def _unlike_fusions(layers: Iterable[PlannedLayer]) -> list[str]:

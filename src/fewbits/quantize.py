@@ -16,7 +16,7 @@ from fewbits.checkpoints.writer import ShardWriter
 from fewbits.config import QuantConfig
 from fewbits.convert import Conversion, FinishedShard, NonFiniteWeights, ShardWork
 from fewbits.errors import CalibrationError, PlanError
-from fewbits.formats import FORMATS
+from fewbits.formats import DEFAULT_FORMAT, FORMATS
 from fewbits.notes import Note
 from fewbits.plan import Plan, plan, without
 from fewbits.progress import Progress, Silent
@@ -32,6 +32,7 @@ def quantize(
     config: QuantConfig,
     calibration: str | Path | None = None,
     *,
+    format: str = DEFAULT_FORMAT,
     samples: int = 128,
     length: int = 2048,
     importance: Literal["loss", "none"] = "loss",
@@ -51,6 +52,7 @@ def quantize(
         out_dir: folder to make; refused if it exists, unless `overwrite`.
         config: methods by layer.
         calibration: text (or token ids) for methods that look at activations.
+        format: how the result lies on disk: "compressed-tensors", "gptq" or "awq" (docs/formats.md).
         samples, length: how many samples of how many tokens of it are used.
         importance: "loss" weighs tokens by how much the loss cares about them; "none" counts all alike.
         seed: of the labels that importance draws.
@@ -66,7 +68,7 @@ def quantize(
         CalibrationError: a method needs calibration data, and none is given.
         OutputError: the result cannot be written.
     """
-    planned = plan(model_dir, config)
+    planned = plan(model_dir, config, format=format)
     needing = planned.needs_calibration
     if needing and calibration is None:
         raise CalibrationError(
@@ -201,7 +203,10 @@ class _Run:
         if len(self.plan.shards) > 1:
             self.folder.write_json(INDEX_FILE, _index(self.plan))
         self.folder.write_json(MANIFEST, report.manifest())
-        self.folder.write_json(CONFIG_FILE, _model_config(self.plan))
+        config = _model_config(self.plan)
+        for name in FORMATS[self.plan.format].CONFIG_FILES:
+            self.folder.write_json(name, config["quantization_config"])
+        self.folder.write_json(CONFIG_FILE, config)
         self.folder.finish()
         elapsed_s = time.monotonic() - self.started_s
         return replace(report, elapsed_s=elapsed_s, peak_memory_bytes=peak_memory_bytes())
@@ -246,8 +251,7 @@ def _index(planned: Plan) -> dict[str, Any]:
 
 
 def _model_config(planned: Plan) -> dict[str, Any]:
-    schemes = {layer.name: None if layer.method is None else layer.method.scheme for layer in planned.layers}
-    return planned.source.config | {"quantization_config": FORMATS[planned.format].quantization_config(schemes)}
+    return planned.source.config | {"quantization_config": FORMATS[planned.format].quantization_config(planned.schemes)}
 
 
 def peak_memory_bytes() -> int:

@@ -44,23 +44,50 @@ class Recipe:
 class Skeleton:
     """A causal language model on the meta device.
 
-    model: the transformers model. blocks: its decoder blocks in order. block_names: their full names.
+    model: the transformers model. blocks: its decoder blocks in order. block_names: their full names. device: where
+    weights go as they are materialized.
+
+    Raises:
+        CheckpointError: the files lack weights of some block.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, reader: TensorReader) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        reader: TensorReader,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.model = model
+        self.device = torch.device(device)
         self._checkpoint = checkpoint
         self._reader = reader
         prefix, self.blocks = find_blocks(model)
         self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
         self._decoder_name = _model_around(model, prefix)
-        self._recipes = _recipes(model, checkpoint.tensors)
-        self._keep_fp32 = _kept_in_fp32(model)
+        self._recipes = parameter_recipes(model, checkpoint.tensors)
+        self._keep_fp32 = kept_in_fp32(model)
         self._owners: dict[int | None, dict[str, Recipe]] = {}
         numbers = {name: index for index, name in enumerate(self.block_names)}
         for target, recipe in self._recipes.items():
             owner = numbers.get(".".join(target.split(".")[: prefix.count(".") + 2]))
             self._owners.setdefault(owner, {})[target] = recipe
+        self._require_weights()
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(self.device)
+
+    def _require_weights(self) -> None:
+        """Find out before any work whether the files have something for every parameter of every block."""
+        missing = [
+            f"{prefix}.{name}"
+            for prefix, block in zip(self.block_names, self.blocks, strict=True)
+            for name, _ in block.named_parameters()
+            if f"{prefix}.{name}" not in self._recipes
+        ]
+        if missing:
+            raise _missing(missing)
 
     @property
     def decoder(self) -> nn.Module:
@@ -94,7 +121,12 @@ class Skeleton:
     def hidden_bytes(self) -> int:
         """Bytes of one token's hidden states."""
         config = cast(Any, self.model).config.get_text_config()
-        return int(config.hidden_size) * next(self.model.parameters()).element_size()
+        return int(config.hidden_size) * self.element_size
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one number in the forward."""
+        return next(self.model.parameters()).element_size()
 
     @property
     def vocabulary(self) -> int:
@@ -111,7 +143,7 @@ class Skeleton:
         decoder = self.decoder
         decoder.forward = lambda *args, **kwargs: output_type(last_hidden_state=hidden)
         try:
-            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64)
+            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=self.device)
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
             return logits
         finally:
@@ -176,7 +208,7 @@ class Skeleton:
                 return {}
             stand_ins[name] = torch.full((shape[0], 1), number, dtype=torch.int32)
         found = {}
-        for converted, value in _convert(target, recipe, stand_ins.__getitem__, self.model).items():
+        for converted, value in convert(target, recipe, stand_ins.__getitem__, self.model).items():
             parameter = self.model.get_parameter(converted)
             if value.shape[:-1] == parameter.shape[:-1] and value.shape[-1] == 1 and value.dim() in (2, 3):
                 found[converted] = list(_runs(value.squeeze(-1), names))
@@ -184,7 +216,7 @@ class Skeleton:
 
     def _install(self, recipes: dict[str, Recipe]) -> None:
         for target, recipe in recipes.items():
-            for name, value in _convert(target, recipe, self._reader.read, self.model).items():
+            for name, value in convert(target, recipe, self._reader.read, self.model).items():
                 self._put(name, value)
 
     def _put(self, name: str, value: torch.Tensor) -> None:
@@ -198,10 +230,10 @@ class Skeleton:
                     f"{name} has shape {list(value.shape)} in the files; the model's config says {list(old.shape)}."
                 )
             dtype = torch.float32 if any(part in name for part in self._keep_fp32) else old.dtype
-            module._parameters[key] = nn.Parameter(value.to(dtype), requires_grad=False)
+            module._parameters[key] = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
         elif key in module._buffers:
             buffer = module._buffers[key]
-            module._buffers[key] = value if buffer is None else value.to(buffer.dtype)
+            module._buffers[key] = value.to(self.device, None if buffer is None else buffer.dtype)
 
 
 def _missing(names: list[str]) -> CheckpointError:
@@ -308,12 +340,12 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def _kept_in_fp32(model: nn.Module) -> tuple[str, ...]:
+def kept_in_fp32(model: nn.Module) -> tuple[str, ...]:
     """Parts of names whose parameters the model wants in fp32 whatever its dtype."""
     return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
-def _recipes(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Recipe]:
+def parameter_recipes(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Recipe]:
     """Which parameters come of which tensors, by the conversion rules that transformers has for this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -336,7 +368,8 @@ def _recipes(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Recipe]
     return recipes
 
 
-def _convert(target: str, recipe: Recipe, read: Any, model: Any) -> dict[str, torch.Tensor]:
+def convert(target: str, recipe: Recipe, read: Any, model: Any) -> dict[str, torch.Tensor]:
+    """The parameters, by name, that a recipe makes of the tensors that `read` fetches."""
     if recipe.converter is None:
         return {target: read(recipe.sources[-1][0])}
     converter = copy.deepcopy(recipe.converter)

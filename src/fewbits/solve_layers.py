@@ -10,12 +10,13 @@ import torch
 from fewbits.fp32_products import fast_fp32
 from fewbits.kernels.rounding import rounded_values
 from fewbits.layers import LinearLayer
+from fewbits.layout import torch_dtype
 from fewbits.methods import QuantMethod
 from fewbits.notes import Note
 from fewbits.packing import decode, seal
 from fewbits.plan import PlannedLayer
 from fewbits.report import LayerRecord, layer_record
-from fewbits.search import DATA_FREE_SEARCH, MINMAX, Search
+from fewbits.search import MINMAX, Search
 from fewbits.solvers import gptq
 from fewbits.solvers.rtn import quantize_rows
 from fewbits.statistics import Statistics
@@ -41,8 +42,8 @@ class SolvedLayer:
     @property
     def effective(self) -> torch.Tensor:
         """What multiplies the input as it was before any scaling [out, in]."""
-        weight = self.weight.dequantize()
-        return weight if self.input_scales is None else weight.float() / self.input_scales
+        weight = self.weight.dequantize(torch.float32)
+        return weight if self.input_scales is None else weight / self.input_scales
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,12 @@ def solve_group(
         method = planned[layer.name].method
         assert method is not None
         if method.needs_calibration and statistics is not None:
-            stacks.setdefault((method, weights[index].dtype), []).append(index)
+            stacks.setdefault((method, planned[layer.name].scale_dtype), []).append(index)
         else:
             solved[layer.name] = _rounded(planned[layer.name], weights[index])
     s = None
     if scaling is not None and statistics is not None:
-        method = planned[layers[0].name].method
-        assert method is not None
-        s = scaling.absorb(_found_scales(method, weights, statistics, scaling))
+        s = scaling.absorb(_found_scales(planned[layers[0].name], weights, statistics, scaling))
     for members in stacks.values():
         assert statistics is not None
         stack = [layers[i] for i in members], [weights[i] for i in members]
@@ -103,14 +102,15 @@ def _method(planned: Mapping[str, PlannedLayer], layers: Sequence[LinearLayer]) 
 
 
 def _found_scales(
-    method: QuantMethod, weights: Sequence[torch.Tensor], statistics: Statistics, scaling: Scaling
+    planned: PlannedLayer, weights: Sequence[torch.Tensor], statistics: Statistics, scaling: Scaling
 ) -> torch.Tensor:
-    assert method.transform is not None
+    method, scale_dtype = planned.method, torch_dtype(planned.scale_dtype)
+    assert method is not None and method.transform is not None
 
     def rounding(search: Search) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         def rounded(rows: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
             shares = None if search.steps == 1 else importance
-            return rounded_values(rows, method.scheme, weights[0].dtype, search, shares)
+            return rounded_values(rows, method.scheme, scale_dtype, search, shares)
 
         return rounded
 
@@ -123,7 +123,7 @@ def _found_scales(
 
 def _rounded(planned: PlannedLayer, weight: torch.Tensor) -> SolvedLayer:
     assert planned.method is not None
-    tile = quantize_rows(weight, planned.method, search=DATA_FREE_SEARCH)
+    tile = quantize_rows(weight, planned.method, scale_dtype=torch_dtype(planned.scale_dtype))
     return SolvedLayer(tile.weight, layer_record(planned, tile.squared_error, tile.squared_norm))
 
 
@@ -142,7 +142,11 @@ def _rounded_together(
         wide = weight.float()
         scaled, shares = (wide, importance) if s is None else (wide * s, importance / s.square())
         tile = quantize_rows(
-            scaled, _method(planned, [layer]), search=CLIP_SEARCH, scale_dtype=weight.dtype, importance=shares
+            scaled,
+            _method(planned, [layer]),
+            search=CLIP_SEARCH,
+            scale_dtype=torch_dtype(planned[layer.name].scale_dtype),
+            importance=shares,
         )
         missed = wide - (decode(tile.weight) if s is None else decode(tile.weight) / s)
         norm = _output_square(wide, statistics.gram)
@@ -175,11 +179,11 @@ def _solved_together(
         what = f"solved on {statistics.tokens} tokens for {first.shape[1]} inputs"
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
     stacked = torch.cat([weight.float() for weight in weights])
-    H = statistics.gram
+    H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
     solution = (
-        gptq.solve(stacked, method.scheme, weights[0].dtype, H)
+        gptq.solve(stacked, method.scheme, scale_dtype, H)
         if s is None
-        else gptq.solve(stacked * s, method.scheme, weights[0].dtype, H / s / s[:, None])
+        else gptq.solve(stacked * s, method.scheme, scale_dtype, H / s / s[:, None])
     )
     notes += [Note(layers[0].name, what, why) for what, why in solution.notes]
     solved = {}

@@ -55,6 +55,8 @@ class QuantizedWeight:
     zero_points: None if symmetric; else [out, groups]: int8 signed at 8 bits, uint8 unsigned below.
     W = (code − zero) · scale, where a symmetric code below 8 bits has zero 2^(bits−1), and at 8 bits 0.
     group_size: input channels per scale; 0 is per channel.
+    input_order: int64 [in]: column j of the codes (and of the groups) is input channel input_order[j] of the model, as
+        activation order leaves it; None where the columns are in the model's order.
     """
 
     data: torch.Tensor
@@ -63,6 +65,7 @@ class QuantizedWeight:
     shape: tuple[int, int]
     method: QuantMethod
     group_size: int
+    input_order: torch.Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -71,7 +74,7 @@ class QuantizedWeight:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Decode to [out, in]: fp32 arithmetic, rounded once to `dtype` (the scales' dtype by default)."""
+        """Decode to [out, in], inputs in the model's order: fp32, rounded once to `dtype` (the scales' by default)."""
         from fewbits.packing import decode
 
         return decode(self).to(dtype or self.scales.dtype)

@@ -5,7 +5,7 @@ First all headers, the config and the manifest; then all data once, in tiles of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fewbits.checkpoints.folder import INDEX_FILE, listing, read_config, read_js
 from fewbits.checkpoints.headers import WeightFile, read_weight_file
 from fewbits.checkpoints.reader import Checkpoint, TensorReader, open_checkpoint
 from fewbits.errors import CheckpointError
-from fewbits.formats import FORMATS, Format
+from fewbits.formats import FORMATS, Format, format_of_config
 from fewbits.layers import find_layers
 from fewbits.layout import WEIGHT_DTYPES, OutputTensor, TensorEntry
 from fewbits.manifest import MANIFEST, Manifest, read_manifest
@@ -54,7 +54,7 @@ def verify(
     """Check the quantized checkpoint in `quantized_dir`.
 
     Args:
-        quantized_dir: made by fewbits, or any compressed-tensors checkpoint (then with fewer checks).
+        quantized_dir: made by fewbits, or any checkpoint in one of its formats (then with fewer checks).
         against: the checkpoint it was made from; errors are computed anew, and what was carried over is compared.
         progress: who is told of progress.
 
@@ -178,11 +178,11 @@ class _Verification:
             if checkpoint.config:
                 self._problem("config.json", "no quantization_config", "that of a quantized checkpoint")
             return []
-        method = config.get("quant_method")
-        if method not in FORMATS:
+        chosen = format_of_config(config)
+        if chosen is None:
+            method = config.get("quant_method")
             self.unchecked.append(f"quantized layers: verify knows {', '.join(FORMATS)}, not {method!r}")
             return []
-        chosen = FORMATS[method]
         modules = chosen.quantized_modules(checkpoint.tensors)
         plain = _unquantized_linears(checkpoint, modules)
         try:
@@ -193,24 +193,33 @@ class _Verification:
         for name, entry in plain.items():
             if schemes[name] is not None:
                 self._problem(entry.name, f"{entry.dtype} {list(entry.shape)}", f"{schemes[name]}, as config.json says")
-        layers = (self._layer(chosen, module, schemes[module], checkpoint, reader) for module in modules)
+        members: dict[str, dict[str, TensorEntry]] = {module: {} for module in modules}
+        for name, entry in checkpoint.tensors.items():
+            module, _, part = name.rpartition(".")
+            if module in members and part.startswith(chosen.PARTS):
+                members[module][name] = entry
+        layers = (self._layer(chosen, module, schemes[module], stored, reader) for module, stored in members.items())
         return [layer for layer in layers if layer is not None]
 
     def _layer(
-        self, chosen: Format, module: str, scheme: Scheme | None, checkpoint: Checkpoint, reader: TensorReader
+        self,
+        chosen: Format,
+        module: str,
+        scheme: Scheme | None,
+        stored: Mapping[str, TensorEntry],
+        reader: TensorReader,
     ) -> StoredLayer | None:
-        stored = {name: e for name, e in checkpoint.tensors.items() if name.startswith(f"{module}.weight")}
         if scheme is None:
             self._problem(module, f"quantized: {', '.join(stored)}", "unquantized, as config.json says")
             return None
         try:
             shape = chosen.shape_of(module, scheme, stored, reader.read)
         except CheckpointError as error:
-            if not any(name in self.lost for name in (f"{module}.weight_shape", f"{module}.weight")):
+            if not any(name.startswith(f"{module}.") for name in self.lost):
                 self._problem(module, error.message)
             return None
-        scale = stored.get(f"{module}.weight_scale")
-        scale_dtype = scale.dtype if scale is not None and scale.dtype in WEIGHT_DTYPES else "BF16"
+        scales = (entry.dtype for name, entry in stored.items() if name.endswith(("scale", "scales")))
+        scale_dtype = next((dtype for dtype in scales if dtype in WEIGHT_DTYPES), "BF16")
         expected = chosen.tensors_for(module, scheme, shape, scale_dtype)
         consistent = [self._as_expected(tensor, stored.get(tensor.name), scheme) for tensor in expected]
         for name in stored.keys() - {tensor.name for tensor in expected}:
@@ -257,7 +266,9 @@ class _Verification:
 
     def _is_quantized(self, weight: str, checkpoint: Checkpoint) -> bool:
         module = weight.removesuffix(".weight")
-        return any(f"{module}{suffix}" in checkpoint.tensors for suffix in (".weight_packed", ".weight_scale"))
+        return any(
+            f"{module}{suffix}" in checkpoint.tensors for suffix in (".weight_packed", ".weight_scale", ".qweight")
+        )
 
 
 def _unquantized_linears(checkpoint: Checkpoint, quantized: Iterable[str]) -> dict[str, TensorEntry]:

@@ -106,10 +106,12 @@ class DataPass:
         if source is not None and (not self._has_source(layer) or self._is_folded(weight)):
             source = None
         check = _LayerCheck(layer)
+        remark = None
         try:
             for start, stop in _row_tiles(layer.shape):
                 before = check.bytes_read
                 stored = check.read(reader, start, stop)
+                remark = remark or layer.format.remark(layer.name, stored, layer.scheme, stop - start)
                 if source is not None:
                     check.compare(source.read_rows(weight, start, stop), stored)
                 self.bytes_checked += check.bytes_read - before
@@ -117,6 +119,8 @@ class DataPass:
         except CheckpointError as error:
             self._problem(layer.name, error.message)
             return None
+        if remark is not None:
+            self._problem(layer.name, remark)
         for name, digest in check.digests.items():
             self._check_hash(name, digest.hexdigest())
         for (name, kind), fault in check.faults.items():
@@ -191,6 +195,7 @@ class _LayerCheck:
         self.faults: dict[tuple[str, str], _Fault] = {}
         self.bytes_read = 0
         self._rows_read = dict.fromkeys(self.digests, 0)
+        self._whole: dict[str, torch.Tensor] = {}
         self._squared_error = 0.0
         self._squared_norm = 0.0
 
@@ -200,19 +205,34 @@ class _LayerCheck:
         return math.sqrt(self._squared_error / self._squared_norm) if self._squared_norm else 0.0
 
     def read(self, reader: TensorReader, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """The stored rows of rows [start, stop) of the weight, hashed and looked through."""
+        """The stored part of rows [start, stop) of the weight; what is read is hashed and looked through."""
+        if self.layer.format.ROW_AXIS == 1:
+            return self._columns(reader, start, stop)
         tile = {}
         for tensor in self.layer.tensors:
             first = self._rows_read[tensor.name]
             _, last = self.layer.format.stored_rows(tensor.name, self.layer.scheme, start, stop)
-            rows = reader.read_rows(tensor.name, first, last)
+            tile[tensor.name] = self._take(reader, tensor, first, last)
             self._rows_read[tensor.name] = last
-            raw = rows.reshape(-1).view(torch.uint8)
-            self.digests[tensor.name].update(raw.numpy().data)
-            self.bytes_read += len(raw)
-            self._look_through(tensor, rows, first)
-            tile[tensor.name] = rows
         return tile
+
+    def _columns(self, reader: TensorReader, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Rows that lie across the stored tensors: those are read whole with the first tile."""
+        if not self._whole:
+            self._whole = {t.name: self._take(reader, t, 0, t.shape[0]) for t in self.layer.tensors}
+        layer, tile = self.layer, {}
+        for name, tensor in self._whole.items():
+            first, last = layer.format.stored_rows(name, layer.scheme, start, stop)
+            tile[name] = tensor[:, first:last] if tensor.dim() == 2 else tensor
+        return tile
+
+    def _take(self, reader: TensorReader, tensor: OutputTensor, first: int, last: int) -> torch.Tensor:
+        rows = reader.read_rows(tensor.name, first, last)
+        raw = rows.reshape(-1).view(torch.uint8)
+        self.digests[tensor.name].update(raw.numpy().data)
+        self.bytes_read += len(raw)
+        self._look_through(tensor, rows, first)
+        return rows
 
     def compare(self, original: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
         """Add a tile's error."""
@@ -225,7 +245,7 @@ class _LayerCheck:
 
     def expected(self, name: str) -> str:
         """What the values of a tensor must be."""
-        return "finite numbers other than zero" if name.endswith("scale") else "codes of finite numbers"
+        return "finite numbers other than zero" if name.endswith(("scale", "scales")) else "codes of finite numbers"
 
     def _look_through(self, tensor: OutputTensor, rows: torch.Tensor, first: int) -> None:
         if tensor.dtype in WEIGHT_DTYPES:

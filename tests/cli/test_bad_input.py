@@ -169,9 +169,10 @@ hint: group sizes that fit: 32, "channel"; or give these layers their own method
         ("--method gptq --bits 9", snapshot("QuantizationError: GPTQ bits must be in [1, 8], got 9\n")),
         (
             "--method gptq --bits 3 --group-size 32",
-            snapshot(
-                "PlanError: model.layers.0.mlp.down_proj: GPTQ(3bit, group=32) cannot be stored: compressed-tensors stores ints of 2, 4 or 8 bits; readers disagree on the layout of 3.\n"
-            ),
+            snapshot("""\
+PlanError: model.layers.0.mlp.down_proj: GPTQ(3bit, group=32) cannot be stored: compressed-tensors stores ints of 2, 4 or 8 bits; readers disagree on the layout of 3.
+hint: --format gptq stores it
+"""),
         ),
         (
             "--method smoothquant --alpha 2",

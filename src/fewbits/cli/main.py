@@ -7,9 +7,12 @@ import sys
 
 import typer
 
+from fewbits.cli.bench import bench
 from fewbits.cli.demo import demo
 from fewbits.cli.evaluate import evaluate
+from fewbits.cli.generate import generate
 from fewbits.cli.inspect import inspect
+from fewbits.cli.kernels import kernels
 from fewbits.cli.plan import plan
 from fewbits.cli.quantize import quantize
 from fewbits.cli.verify import verify
@@ -24,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-for command in (quantize, plan, inspect, verify, evaluate, demo):
+for command in (quantize, plan, inspect, verify, evaluate, generate, kernels, bench, demo):
     app.command()(command)
 
 

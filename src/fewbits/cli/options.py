@@ -34,6 +34,10 @@ OPTION_OF = {
     "solver": "--solver",
     "activations": "--weight-only",
 }
+Format = Annotated[
+    str,
+    typer.Option("--format", "-f", metavar="NAME", help="How OUT lies on disk: compressed-tensors, gptq or awq."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 

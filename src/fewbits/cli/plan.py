@@ -11,6 +11,7 @@ from fewbits.cli.options import (
     Alpha,
     Asymmetric,
     Bits,
+    Format,
     GroupSize,
     Json,
     Method,
@@ -21,6 +22,7 @@ from fewbits.cli.options import (
     quant_config,
 )
 from fewbits.cli.units import bytes_text
+from fewbits.formats import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,6 +40,7 @@ def plan(
     solver: Solver = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
+    format: Format = DEFAULT_FORMAT,
     all_layers: Annotated[bool, typer.Option("--all", help="A row for each layer, not for each kind.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +59,7 @@ def plan(
         solver=solver,
         weight_only=weight_only,
     )
-    planned = make_plan(model, chosen)
+    planned = make_plan(model, chosen, format=format)
     if as_json:
         print(json.dumps(plan_dict(planned)))
         return

@@ -13,6 +13,7 @@ from fewbits.cli.options import (
     Alpha,
     Asymmetric,
     Bits,
+    Format,
     GroupSize,
     Json,
     Method,
@@ -26,6 +27,7 @@ from fewbits.cli.options import (
 from fewbits.cli.units import bytes_text, seconds_text
 from fewbits.cli.watch import watcher
 from fewbits.errors import Interrupted
+from fewbits.formats import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +53,7 @@ def quantize(
     solver: Solver = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
+    format: Format = DEFAULT_FORMAT,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", metavar="FILE", help="Text, JSON lines, Parquet or token ids to calibrate with."),
@@ -88,6 +91,7 @@ def quantize(
             out,
             chosen,
             calibration,
+            format=format,
             samples=samples,
             length=length,
             importance=importance.value,

@@ -14,12 +14,13 @@ Codes pack along the inputs of a row, zero points along the outputs of a group c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fewbits.errors import CheckpointError
 from fewbits.formats.compressed_tensors_config import format_of, quantization_config, schemes_from_config
+from fewbits.formats.compressed_tensors_rows import encode_rows
+from fewbits.formats.stored import DAMAGED, Shaped, check, method_of, required
 from fewbits.layout import WEIGHT_DTYPES, OutputTensor, stored_dtype
-from fewbits.methods import GPTQ, Fp8E4M3, GroupSize, Int4Asymmetric, Int8Symmetric, QuantMethod
 from fewbits.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -28,34 +29,49 @@ if TYPE_CHECKING:
     from fewbits.tensors import QuantizedWeight
 
 __all__ = [
+    "CONFIG_FILES",
     "NAME",
+    "PARTS",
+    "ROW_AXIS",
     "decode",
     "encode",
-    "method_of",
+    "encode_rows",
     "quantization_config",
     "quantized_modules",
+    "reads",
+    "remark",
+    "scale_dtype",
     "schemes_from_config",
+    "settled",
     "shape_of",
     "stored_rows",
     "tensors_for",
     "why_not",
+    "why_not_together",
 ]
 
-
-class Shaped(Protocol):
-    """A tensor, or the header of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
 NAME = "compressed-tensors"
+PARTS = ("weight",)
+CONFIG_FILES: tuple[str, ...] = ()
+ROW_AXIS = 0
 PACKED_BITS = (2, 4, 8)
 # Zero points of 32 rows fill whole words at every width.
 ROW_MULTIPLE = 32
 
-Stored = TypeVar("Stored")
-_DAMAGED = "the checkpoint is damaged, or its config.json belongs to another: fetch it again"
+
+def reads(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this quantization_config is in this format."""
+    return config.get("quant_method") == NAME
+
+
+def scale_dtype(weight_dtype: str) -> str:
+    """What the scales of a weight are stored in."""
+    return weight_dtype
+
+
+def remark(module: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, rows: int) -> str | None:
+    """Nothing: what is stored cannot contradict the config."""
+    return None
 
 
 def quantized_modules(tensors: Iterable[str]) -> list[str]:
@@ -79,6 +95,16 @@ def why_not(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if not scheme.divides(shape[1]):
         return f"group size {scheme.group_size} does not divide {shape[1]} inputs"
     return None
+
+
+def why_not_together(schemes: Mapping[str, Scheme | None]) -> str | None:
+    """Nothing: every layer may have a scheme of its own."""
+    return None
+
+
+def settled(schemes: Iterable[Scheme]) -> str:
+    """This format: it has no variations."""
+    return NAME
 
 
 def tensors_for(module: str, scheme: Scheme, shape: tuple[int, int], scale_dtype: str) -> tuple[OutputTensor, ...]:
@@ -118,10 +144,10 @@ def shape_of(
         CheckpointError: a tensor is missing, or it has no two dimensions.
     """
     name = f"{module}.weight_shape" if _is_packed(scheme) else f"{module}.weight"
-    found = _required(module, tensors, name)
+    found = required(module, tensors, name)
     sizes = read(name).tolist() if _is_packed(scheme) and tuple(found.shape) == (2,) else list(found.shape)
     if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise CheckpointError(f"{module} has the shape {sizes}; a linear's weight has two sizes.", _DAMAGED)
+        raise CheckpointError(f"{module} has the shape {sizes}; a linear's weight has two sizes.", DAMAGED)
     return sizes[0], sizes[1]
 
 
@@ -173,11 +199,11 @@ def decode(
     from fewbits.tensors import QuantizedWeight
 
     shape = shape or shape_of(module, scheme, tensors, lambda name: tensors[name])
-    scale: torch.Tensor = _required(module, tensors, f"{module}.weight_scale")
+    scale: torch.Tensor = required(module, tensors, f"{module}.weight_scale")
     scale_dtype = stored_dtype(scale.dtype)
     for expected in tensors_for(module, scheme, shape, scale_dtype if scale_dtype in WEIGHT_DTYPES else "F32"):
         if not expected.name.endswith(".weight_shape"):
-            _check(_required(module, tensors, expected.name), expected, scheme)
+            check(required(module, tensors, expected.name), expected, scheme)
     if not _is_packed(scheme):
         data, zeros = tensors[f"{module}.weight"], None
     else:
@@ -187,23 +213,6 @@ def decode(
             data = flip_top_bit(data.contiguous().view(torch.uint8)[:, : shape[1]], torch.int8)
             zeros = None if zeros is None else flip_top_bit(zeros, torch.int8)
     return QuantizedWeight(data, scale, zeros, shape, method_of(scheme), scheme.group_size)
-
-
-def method_of(scheme: Scheme) -> QuantMethod:
-    """A method that stores this scheme; a file does not say how its codes were chosen."""
-    group_size: GroupSize = scheme.group_size or "channel"
-    candidates: tuple[QuantMethod, ...] = (
-        Int8Symmetric(scheme.activations),
-        Fp8E4M3(scheme.activations),
-        Int4Asymmetric(group_size),
-        GPTQ(scheme.bits, group_size, scheme.symmetric),
-    )
-    for method in candidates:
-        if method.scheme == scheme:
-            return method
-    raise CheckpointError(
-        f"no method of fewbits stores {scheme}.", "see `fewbits inspect` for what the checkpoint holds"
-    )
 
 
 def _words(count: int, bits: int) -> int:
@@ -221,20 +230,3 @@ def _words_of_bytes(codes: torch.Tensor) -> torch.Tensor:
     missing = -codes.shape[1] % 4
     padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes.contiguous()
     return padded.view(torch.int32)
-
-
-def _required(module: str, tensors: Mapping[str, Stored], name: str) -> Stored:
-    if name not in tensors:
-        found = ", ".join(sorted(key.removeprefix(f"{module}.") for key in tensors)) or "nothing"
-        raise CheckpointError(f"{module}: {name} is missing; found {found}.", _DAMAGED)
-    return tensors[name]
-
-
-def _check(tensor: torch.Tensor, expected: OutputTensor, scheme: Scheme) -> None:
-    found = OutputTensor(expected.name, stored_dtype(tensor.dtype), tuple(tensor.shape))
-    if found != expected:
-        raise CheckpointError(
-            f"{expected.name} is {found.dtype} {list(found.shape)}; {scheme} takes "
-            f"{expected.dtype} {list(expected.shape)}.",
-            _DAMAGED,
-        )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fewbits.formats.compressed_tensors_config import PACKED, format_of
-from fewbits.kernels.rows import RoundedRows, is_channel_int8
 from fewbits.schemes import Scheme
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fewbits.kernels.rows import RoundedRows
 
     Array = np.ndarray[Any, Any]
 
@@ -23,6 +24,8 @@ def encode_rows(
         shape: [out, in] of the whole weight.
     """
     import numpy as np
+
+    from fewbits.kernels.rows import is_channel_int8
 
     if format_of(scheme) != PACKED:
         return {f"{module}.weight": rows.codes, f"{module}.weight_scale": rows.scales}

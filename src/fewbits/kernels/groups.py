@@ -141,6 +141,7 @@ def round_rows_groups(
     """Round rows (as the kernels take them) to packed codes with one thread.
 
     Args:
+        dtype: safetensors name of what scales are stored in.
         words: bytes of the words, where packed codes go (uint8 [R, 4·ceil(K·bits/32)]).
 
     Returns:

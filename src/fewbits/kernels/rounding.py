@@ -36,6 +36,7 @@ def round_rows(
         importance: fp32 [K], weight of each input's error where scales are searched; all alike if None.
         compiled: False forces the portable form.
     """
+    scale_dtype = scale_dtype or weight.dtype
     compiled = compiled and WHY_NOT_COMPILED is None and weight.device.type == "cpu"
     scale_dtype = scale_dtype or weight.dtype
     by_channel = channels if compiled else numerics

@@ -58,26 +58,29 @@ def code_bytes(scheme: Scheme, columns: int) -> int:
     return -(-columns * scheme.bits // 32) * 4
 
 
-def round_tile(content: Array, dtype: str, columns: int, scheme: Scheme, search: Search, out: Array) -> RoundedRows:
-    """Round whole rows to a scheme's grid, scales in the weight's dtype.
+def round_tile(
+    content: Array, dtype: str, columns: int, scheme: Scheme, search: Search, scale_dtype: str, out: Array
+) -> RoundedRows:
+    """Round whole rows to a scheme's grid.
 
     Args:
-        content: their bytes, uint8, as stored in `dtype` (BF16, F16 or F32). out: uint8, where codes go.
+        content: their bytes, uint8, as stored in `dtype` (BF16, F16 or F32). scale_dtype: what scales are stored in.
+        out: uint8, where codes go.
     """
     rows = content.size // (np.dtype(EXPONENTS[dtype][0]).itemsize * columns)
     width = code_bytes(scheme, columns)
     codes = out[: rows * width].reshape(rows, width)
     if not COMPILED:
-        return _portable(content, dtype, columns, scheme, search, codes)
+        return _portable(content, dtype, columns, scheme, search, scale_dtype, codes)
     weight = weights_of(content, dtype, columns)
     zeros = None
     if scheme.kind == "float":
-        scales, error, norm = channels.round_rows_fp8(weight, dtype, codes)
+        scales, error, norm = channels.round_rows_fp8(weight, scale_dtype, codes)
     elif is_channel_int8(scheme):
-        scales, error, norm = channels.round_rows_int8(weight, dtype, codes.view(np.int8))
+        scales, error, norm = channels.round_rows_int8(weight, scale_dtype, codes.view(np.int8))
     else:
-        scales, zeros, error, norm = groups.round_rows_groups(weight, dtype, scheme, search, codes)
-    return RoundedRows(codes, stored_bits(scales, dtype), None if scheme.symmetric else zeros, error, norm)
+        scales, zeros, error, norm = groups.round_rows_groups(weight, scale_dtype, scheme, search, codes)
+    return RoundedRows(codes, stored_bits(scales, scale_dtype), None if scheme.symmetric else zeros, error, norm)
 
 
 def holds_nonfinite(content: Array, dtype: str) -> bool:
@@ -91,17 +94,20 @@ def holds_nonfinite(content: Array, dtype: str) -> bool:
     return bool(((numbers & integer(exponent)) == exponent).any())
 
 
-def _portable(content: Array, dtype: str, columns: int, scheme: Scheme, search: Search, codes: Array) -> RoundedRows:
+def _portable(
+    content: Array, dtype: str, columns: int, scheme: Scheme, search: Search, scale_dtype: str, codes: Array
+) -> RoundedRows:
     import torch
 
     from fewbits.kernels.rounding import round_rows
 
     weight = torch.from_numpy(content).view(torch_dtype(dtype)).view(-1, columns)
-    rounded = round_rows(weight, scheme, search, compiled=False)
+    rounded = round_rows(weight, scheme, search, scale_dtype=torch_dtype(scale_dtype), compiled=False)
     found = _bytes(rounded.codes)
     codes[:, : found.shape[1]] = found
     codes[:, found.shape[1] :] = 0
-    scales = _bytes(rounded.scales).view(np.uint16 if dtype == "BF16" else np.float16 if dtype == "F16" else np.float32)
+    stored = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[scale_dtype]
+    scales = _bytes(rounded.scales).view(stored)
     zeros = None if rounded.zeros is None else rounded.zeros.numpy()
     norm = float("nan") if rounded.nonfinite else rounded.squared_norm
     return RoundedRows(codes, scales, zeros, rounded.squared_error, norm)

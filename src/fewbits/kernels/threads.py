@@ -52,9 +52,14 @@ def over_rows(rows: int, columns: int, work: Callable[[int, int], None], multipl
         while (start := next(starts)) < rows:
             work(start, min(start + step, rows))
 
-    helpers = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
+    on_threads(take, threads)
+
+
+def on_threads(work: Callable[[], None], threads: int) -> None:
+    """Call `work` on several threads at once, this one among them; returns when all are done."""
+    helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
     try:
-        take()
+        work()
     finally:
         for helper in helpers:
             helper.result()

@@ -1,0 +1,34 @@
+"""Weights decoded in registers, for few tokens: the codes are read from memory once, as files hold them."""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
+
+# Above these, decoding a panel and multiplying it as a matrix is faster; measured in bench/linear.py.
+MOST_TOKENS = 16
+
+
+class FewTokens:
+    """Any scheme but W8A8: every row is decoded to bf16 in registers and multiplied with up to four tokens at once."""
+
+    name = "decode in registers"
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        if (reason := not_compiled(spec)) is not None:
+            return reason
+        if spec.scheme.kind == "int" and spec.scheme.activations is not None:
+            return "leaves activations unrounded"
+        if spec.in_features % 32:
+            return f"{spec.in_features} inputs are no multiple of 32"
+        if spec.scheme.group_size % 32:
+            return f"groups of {spec.scheme.group_size} are no multiple of 32"
+        if spec.tokens > MOST_TOKENS:
+            return f"slower than panels above {MOST_TOKENS} tokens"
+        return None
+
+    def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
+        from fewbits.kernels.few_tokens_run import FewTokensRun
+
+        return FewTokensRun(weight, bias)

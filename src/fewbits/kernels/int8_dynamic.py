@@ -1,0 +1,111 @@
+"""W8A8: int8 weights times activations rounded to int8 per token, with exact int32 sums."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from fewbits.kernels.activations import round_tokens
+from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
+from fewbits.schemes import Scheme
+
+# Above these, oneDNN's blocked products are faster; measured in bench/linear.py.
+MOST_TOKENS = 4
+# 127 · 127 · this many products stay below 2^24, where fp32 sums of integers are exact.
+EXACT_IN_FP32 = 1024
+
+
+def is_int8_dynamic(scheme: Scheme) -> bool:
+    """Whether weights are int8 per channel and activations int8 per token."""
+    return (
+        scheme.kind == "int" and scheme.bits == 8 and scheme.symmetric and scheme.group_size == 0
+        and scheme.activations is not None
+    )  # fmt: skip
+
+
+@cache
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's int8 products are summed without saturation here: without VNNI, pairs saturate at 16 bits."""
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        return False
+    x = torch.full((4, 128), 255, dtype=torch.uint8)
+    weight = torch.full((32, 128), 127, dtype=torch.int8)
+    weight[1::2] = -127
+    try:
+        sums = onednn_sums(x, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(32), torch.zeros(32).int())
+    except RuntimeError:
+        return False
+    return torch.equal(sums, 127.0 * weight.float().sum(1).expand(4, 32))
+
+
+def onednn_sums(x: torch.Tensor, packed: torch.Tensor, ones: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Σ (x − 128) w as fp32, of uint8 activations and a prepacked int8 weight."""
+    sums: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return sums
+
+
+class Int8FewTokens:
+    """Compiled dot products over the codes as files hold them."""
+
+    name = "int8 dot products"
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        if not is_int8_dynamic(spec.scheme):
+            return "multiplies int8 per channel with int8 per token only"
+        if (reason := not_compiled(spec)) is not None:
+            return reason
+        if spec.tokens > MOST_TOKENS:
+            return f"slower than oneDNN above {MOST_TOKENS} tokens"
+        return None
+
+    def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
+        from fewbits.kernels.int8_run import FewTokensInt8
+
+        return FewTokensInt8(weight, bias)
+
+
+class OneDnnInt8:
+    """oneDNN's unsigned-by-signed GEMM on a weight that it lays out for this processor."""
+
+    name = "oneDNN int8"
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        if not is_int8_dynamic(spec.scheme):
+            return "multiplies int8 per channel with int8 per token only"
+        if (reason := not_compiled(spec)) is not None:
+            return reason
+        if "exact_u8s8" not in spec.machine.features:
+            return "int8 products saturate on this processor (no VNNI), or this PyTorch has no oneDNN"
+        return None
+
+    def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
+        from fewbits.kernels.int8_run import OneDnnInt8Run
+
+        return OneDnnInt8Run(weight, bias)
+
+
+class FloatInt8:
+    """The integers as fp32, in slices of inputs short enough for exact sums: any processor, any device."""
+
+    name = "int8 as fp32"
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        return None if is_int8_dynamic(spec.scheme) else "multiplies int8 per channel with int8 per token only"
+
+    def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
+        row_scales = weight.scales.to(torch.float32).view(1, -1)
+        wide_bias = None if bias is None else bias.to(torch.float32)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            codes, scales = round_tokens(x, "int")
+            sums = torch.zeros((x.shape[0], weight.shape[0]), dtype=torch.int32, device=x.device)
+            for start in range(0, weight.shape[1], EXACT_IN_FP32):
+                run = slice(start, start + EXACT_IN_FP32)
+                sums += (codes[:, run] @ weight.codes[:, run].to(torch.float32).t()).to(torch.int32)
+            y = sums.to(torch.float32) * scales * row_scales
+            return (y if wide_bias is None else y + wide_bias).to(x.dtype)
+
+        return run

@@ -1,0 +1,82 @@
+"""What the compiled kernels of `int8_dynamic` make of one weight."""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits.kernels import dot_bytes, scale_sums
+from fewbits.kernels.int8_dynamic import onednn_sums
+from fewbits.kernels.spec import LinearWeight
+from fewbits.kernels.team import Work, team_size
+from fewbits.kernels.tokens_run import STORED, int8_tokens
+
+
+class FewTokensInt8:
+    """y = x Ŵᵀ + b by compiled dot products."""
+
+    def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
+        self._out, self._in = weight.shape
+        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+        wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+        row_sums = codes.sum(1, dtype=torch.int32)
+        self._kept = (codes, scales, wide_bias, row_sums)
+        self._work = Work(
+            dot_bytes.dot_bytes(),
+            dot_bytes.FIELDS,
+            {
+                dot_bytes.CODES_AT: codes.data_ptr(),
+                dot_bytes.COLUMNS: self._in,
+                dot_bytes.ROW_SUMS_AT: row_sums.data_ptr(),
+                dot_bytes.SCALES_AT: scales.data_ptr(),
+                dot_bytes.SCALE_KIND: STORED[scales.dtype],
+                dot_bytes.X_STRIDE: self._in,
+                dot_bytes.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
+            },
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[0]
+        out = torch.empty((tokens, self._out), dtype=x.dtype)
+        if tokens == 0:
+            return out
+        codes, scales = int8_tokens(x)
+        self._work.run(self._out, 4, team_size(tokens * self._out * self._in), {
+            dot_bytes.X_AT: codes.data_ptr(), dot_bytes.X_SCALES_AT: scales.data_ptr(), dot_bytes.TOKENS: tokens,
+            dot_bytes.OUT_AT: out.data_ptr(), dot_bytes.OUT_KIND: STORED[x.dtype],
+        })  # fmt: skip
+        return out
+
+
+class OneDnnInt8Run:
+    """y = x Ŵᵀ + b by oneDNN: sums as fp32, then scales and bias in one compiled pass."""
+
+    def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
+        self._out, self._in = weight.shape
+        self._packed = torch.ops.onednn.qlinear_prepack(weight.codes.contiguous(), None)
+        self._ones, self._zeros = torch.ones(self._out), torch.zeros(self._out, dtype=torch.int32)
+        scales = weight.scales.contiguous()
+        wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self._kept = (scales, wide_bias)
+        self._scale = Work(
+            scale_sums.scale_sums(),
+            scale_sums.FIELDS,
+            {
+                scale_sums.COLUMNS: self._out,
+                scale_sums.SCALES_AT: scales.data_ptr(),
+                scale_sums.SCALE_KIND: STORED[scales.dtype],
+                scale_sums.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
+            },
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[0]
+        out = torch.empty((tokens, self._out), dtype=x.dtype)
+        if tokens == 0:
+            return out
+        codes, scales = int8_tokens(x)
+        sums = onednn_sums(codes, self._packed, self._ones, self._zeros)
+        self._scale.run(tokens, 1, team_size(out.numel()), {
+            scale_sums.SUMS_AT: sums.data_ptr(), scale_sums.X_SCALES_AT: scales.data_ptr(),
+            scale_sums.OUT_AT: out.data_ptr(), scale_sums.OUT_KIND: STORED[x.dtype],
+        })  # fmt: skip
+        return out

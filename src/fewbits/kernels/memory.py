@@ -1,0 +1,86 @@
+"""Memory inside compiled C functions: numbers at addresses, in the dtypes that weights and activations come in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from fewbits.kernels.compiling import as_bits, as_float
+
+# How numbers are stored.
+FLOAT32, BFLOAT16, FLOAT16, FLOAT8 = 0, 1, 2, 3
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def half_as_float(typing_context: Any, bits: Any) -> Any:
+    """The fp32 value of a half by its bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_as_half(typing_context: Any, value: Any) -> Any:
+    """The bits of an fp32 number rounded to a half."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer_to(typing_context: Any, address: Any) -> Any:
+    """An address as a pointer, for carray."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def address_of(typing_context: Any, pointer: Any) -> Any:
+    """A pointer as an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ptrtoint(arguments[0], ir.IntType(64))
+
+    return types.int64(types.voidptr), generate
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def as_bf16(value: Any) -> Any:
+    """The bits of an fp32 number rounded to bf16, half to even; NaN stays NaN."""
+    bits = as_bits(value)
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def number_at(address: Any, index: Any, kind: Any) -> Any:
+    """One stored number as fp32."""
+    if kind == BFLOAT16:
+        return as_float(np.uint32(carray(pointer_to(address), (index + 1,), np.uint16)[index]) << np.uint32(16))
+    if kind == FLOAT16:
+        return half_as_float(carray(pointer_to(address), (index + 1,), np.uint16)[index])
+    return carray(pointer_to(address), (index + 1,), np.float32)[index]
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def write(address: Any, index: Any, kind: Any, value: Any) -> None:
+    """One output in the activations' dtype."""
+    if kind == BFLOAT16:
+        carray(pointer_to(address), (index + 1,), np.uint16)[index] = as_bf16(value)
+    elif kind == FLOAT16:
+        carray(pointer_to(address), (index + 1,), np.uint16)[index] = float_as_half(value)
+    else:
+        carray(pointer_to(address), (index + 1,), np.float32)[index] = value

@@ -1,0 +1,59 @@
+"""Compiled last step of W8A8: y = sum · scale of the token · scale of the row + bias, in the activations' dtype."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32, address_of, as_bf16, float_as_half, number_at, pointer_to
+from fewbits.kernels.team import PIECE, ROWS, fetch_add
+
+# The block that a call passes: int64 fields after those of kernels.team. A row is a token.
+SUMS_AT, COLUMNS, X_SCALES_AT, SCALES_AT, SCALE_KIND, BIAS_AT, OUT_AT, OUT_KIND, FIELDS = range(3, 12)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _token(sums: Any, token_scale: Any, scales: Any, biases: Any, out_at: Any, kind: Any) -> None:
+    columns = sums.size
+    for n in range(columns):
+        sums[n] = sums[n] * token_scale * scales[n] + biases[n]
+    if kind == BFLOAT16:
+        out = carray(pointer_to(out_at), (columns,), np.uint16)
+        for n in range(columns):
+            out[n] = as_bf16(sums[n])
+    elif kind == FLOAT16:
+        out = carray(pointer_to(out_at), (columns,), np.uint16)
+        for n in range(columns):
+            out[n] = float_as_half(sums[n])
+    else:
+        wide = carray(pointer_to(out_at), (columns,), np.float32)
+        for n in range(columns):
+            wide[n] = sums[n]
+
+
+def _work(pointer: Any) -> None:
+    block = carray(pointer, (FIELDS,), np.int64)
+    columns, rows = block[COLUMNS], block[ROWS]
+    scales, biases = np.empty(columns, np.float32), np.zeros(columns, np.float32)
+    for n in range(columns):
+        scales[n] = number_at(block[SCALES_AT], n, block[SCALE_KIND])
+        if block[BIAS_AT] != 0:
+            biases[n] = number_at(block[BIAS_AT], n, FLOAT32)
+    width = 4 if block[OUT_KIND] == FLOAT32 else 2
+    while True:
+        start = fetch_add(address_of(pointer), block[PIECE])
+        if start >= rows:
+            return
+        for token in range(start, min(start + block[PIECE], rows)):
+            sums = carray(pointer_to(block[SUMS_AT] + 4 * token * columns), (columns,), np.float32)
+            token_scale = number_at(block[X_SCALES_AT], token, FLOAT32)
+            _token(sums, token_scale, scales, biases, block[OUT_AT] + width * token * columns, block[OUT_KIND])
+
+
+@cache
+def scale_sums() -> Any:
+    """The compiled C function."""
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_work)

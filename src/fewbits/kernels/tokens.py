@@ -1,0 +1,146 @@
+"""Compiled preparation of activations, token by token: rounding to int8 or float8, and sums over groups of inputs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from fewbits.kernels.compiling import as_bits, as_float
+from fewbits.kernels.memory import BFLOAT16, FLOAT16, address_of, half_as_float, pointer_to
+from fewbits.kernels.team import PIECE, ROWS, fetch_add
+
+# The block that a call passes: int64 fields after those of kernels.team. A row is a token.
+X_AT, X_KIND, COLUMNS, OUT_AT, OUT_STRIDE, SCALES_AT, GROUPS, SUMS_AT, FIELDS = range(3, 12)
+
+SMALLEST = np.finfo(np.float32).tiny
+NOT_FINITE = np.uint32(0x7F800000)
+TWO_TO_14 = np.float32(16384.0)
+SUMS = {"reassoc", "nsz", "contract"}
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _widen_row(block: Any, token: Any, row: Any) -> None:
+    columns = row.size
+    if block[X_KIND] == BFLOAT16:
+        narrow = carray(pointer_to(block[X_AT] + 2 * token * columns), (columns,), np.uint16)
+        for k in range(columns):
+            row[k] = as_float(np.uint32(narrow[k]) << np.uint32(16))
+    elif block[X_KIND] == FLOAT16:
+        narrow = carray(pointer_to(block[X_AT] + 2 * token * columns), (columns,), np.uint16)
+        for k in range(columns):
+            row[k] = half_as_float(narrow[k])
+    else:
+        wide = carray(pointer_to(block[X_AT] + 4 * token * columns), (columns,), np.float32)
+        for k in range(columns):
+            row[k] = wide[k]
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _scale(row: Any, limit: Any) -> Any:
+    """max|x| / limit; NaN if some x is not finite, so that the outputs are not either."""
+    largest = np.uint32(0)
+    bits = row.view(np.uint32)
+    for k in range(bits.size):
+        largest = max(largest, np.uint32(bits[k] & np.uint32(0x7FFFFFFF)))
+    if largest >= NOT_FINITE:
+        return np.float32(np.nan)
+    return max(as_float(largest), SMALLEST) / limit
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _int8_codes(row: Any, scale: Any, codes: Any) -> None:
+    for k in range(row.size):
+        code = np.rint(row[k] / scale)
+        code = np.float32(-127.0) if code < np.float32(-127.0) else code
+        code = np.float32(127.0) if code > np.float32(127.0) else code
+        codes[k] = np.uint8(np.int32(code) + np.int32(128))
+    codes[row.size :] = 128
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _fp8_values(row: Any, scale: Any, values: Any) -> None:
+    """Each x / scale at the nearest float8 e4m3fn, as bf16 bits."""
+    for k in range(row.size):
+        u = row[k] / scale
+        bits = as_bits(u)
+        magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+        odd = np.uint32(np.uint32(magnitude >> np.uint32(20)) & np.uint32(1))
+        rounded = np.uint32(np.uint32(magnitude + np.uint32(0x7FFFF)) + odd)
+        # Below 2^-6 the grid is uniform, 2^-9 wide: adding 2^14 leaves just those bits of the mantissa.
+        small = (as_float(magnitude) + TWO_TO_14) - TWO_TO_14
+        value = small if magnitude < np.uint32(0x3C800000) else as_float(np.uint32(rounded & np.uint32(0xFFF00000)))
+        value = min(value, np.float32(448.0))
+        sign = np.uint32(bits & np.uint32(0x80000000))
+        values[k] = np.uint16(np.uint32(as_bits(value) | sign) >> np.uint32(16))
+
+
+def _int8(pointer: Any) -> None:
+    block = carray(pointer, (FIELDS,), np.int64)
+    columns, stride = block[COLUMNS], block[OUT_STRIDE]
+    row = np.empty(columns, np.float32)
+    scales = carray(pointer_to(block[SCALES_AT]), (block[ROWS],), np.float32)
+    while True:
+        start = fetch_add(address_of(pointer), block[PIECE])
+        if start >= block[ROWS]:
+            return
+        for token in range(start, min(start + block[PIECE], block[ROWS])):
+            _widen_row(block, token, row)
+            scale = _scale(row, np.float32(127.0))
+            scales[token] = scale
+            codes = carray(pointer_to(block[OUT_AT] + token * stride), (stride,), np.uint8)
+            if scale == scale:
+                _int8_codes(row, scale, codes)
+            else:
+                codes[:] = 128
+
+
+def _fp8(pointer: Any) -> None:
+    block = carray(pointer, (FIELDS,), np.int64)
+    columns, stride = block[COLUMNS], block[OUT_STRIDE]
+    row = np.empty(columns, np.float32)
+    scales = carray(pointer_to(block[SCALES_AT]), (block[ROWS],), np.float32)
+    while True:
+        start = fetch_add(address_of(pointer), block[PIECE])
+        if start >= block[ROWS]:
+            return
+        for token in range(start, min(start + block[PIECE], block[ROWS])):
+            _widen_row(block, token, row)
+            scale = _scale(row, np.float32(448.0))
+            scales[token] = scale
+            values = carray(pointer_to(block[OUT_AT] + token * stride), (columns,), np.uint16)
+            if scale == scale:
+                _fp8_values(row, scale, values)
+            else:
+                values[:] = 0
+
+
+@njit(fastmath=SUMS, error_model="numpy")  # type: ignore[untyped-decorator]
+def _sum(values: Any) -> Any:
+    total = np.float32(0.0)
+    for k in range(values.size):
+        total += as_float(np.uint32(values[k]) << np.uint32(16))
+    return total
+
+
+def _sums(pointer: Any) -> None:
+    """Sums of bf16 activations over each group of inputs."""
+    block = carray(pointer, (FIELDS,), np.int64)
+    columns, groups = block[COLUMNS], block[GROUPS]
+    size = columns // groups
+    x = carray(pointer_to(block[X_AT]), (block[ROWS], columns), np.uint16)
+    sums = carray(pointer_to(block[SUMS_AT]), (block[ROWS], groups), np.float32)
+    for token in range(block[ROWS]):
+        for g in range(groups):
+            sums[token, g] = _sum(x[token, g * size : (g + 1) * size])
+
+
+_WORK = {"int8": _int8, "fp8": _fp8, "sums": _sums}
+
+
+@cache
+def token_work(name: str) -> Any:
+    """A compiled C function: "int8" (codes + 128, padded with 128), "fp8" (bf16 values), or "sums" of groups."""
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_WORK[name])
