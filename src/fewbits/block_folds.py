@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -58,7 +57,7 @@ def find_block_folds(
     """
     first = forward.micro_batches[0]
     with ProbedBlock(
-        block, lambda arguments: forward.run_alone(index, replace(first, arguments=arguments)), first.arguments
+        block, lambda arguments: forward.call(index, first, arguments), forward.arguments_of(index, first)
     ) as probed:
         folds, refused = find_folds(probed, groups)
     places = {}
