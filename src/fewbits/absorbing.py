@@ -86,7 +86,7 @@ def _absorb_in_norm(name: str, wanted: torch.Tensor, offset: float, edits: FileE
     after = divided.float() + offset
     became = before / after
     # Weights of zero have nothing to divide, and what rounds to zero or changes its sign cannot be multiplied back.
-    usable = torch.isfinite(became) & (became > 0)
+    usable = torch.isfinite(became) & (became > 0) & (wanted != 1)
     edits.tensors[name] = torch.where(usable, divided, stored)
     return torch.where(usable, became, 1.0)
 

@@ -19,20 +19,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from fewbits.absorbing import FoldPlace
+from fewbits.block_folds import Folding, find_block_folds, refusal_notes
 from fewbits.block_inputs import BlockInputs
 from fewbits.errors import CalibrationError
-from fewbits.folds import Fold, Refused, find_folds
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
-from fewbits.probing import ProbedBlock
 from fewbits.skeleton import Part, Skeleton
 from fewbits.states import States, write_states
 from fewbits.statistics import Statistics, StatisticsAccumulator
@@ -49,23 +48,6 @@ Watcher = Callable[[str, Sequence[LinearLayer]], None]
 TokenWeights = Callable[[Sequence[LinearLayer]], torch.Tensor | None]
 
 MICRO_BATCH_TOKENS = 2048
-
-
-class Folding(Protocol):
-    """Solves layers whose input channels may be scaled, because a fold takes the scales up."""
-
-    def wants(self, layers: Sequence[LinearLayer]) -> bool:
-        """Whether a fold is of use to the consumers of one input."""
-
-    def solve(
-        self,
-        layers: Sequence[LinearLayer],
-        weights: Sequence[torch.Tensor],
-        statistics: Statistics,
-        place: FoldPlace,
-        sample: torch.Tensor,
-    ) -> Sequence[torch.Tensor | None]:
-        """As `Solve`; what is returned multiplies the input as it is, unscaled. sample: some of the tokens [n, in]."""
 
 
 @dataclass
@@ -312,46 +294,16 @@ class _BlockRun:
             return
         before = time.perf_counter()
         groups = sorted(set(self._groups.values()), key=lambda group: group.order)
-        by_slots = {tuple(group.slots): group for group in groups if self._folding.wants(self._layers_of(group))}
-        if by_slots:
-            first = self._forward.micro_batches[0]
+        wanting = {tuple(group.slots): group for group in groups if self._folding.wants(self._layers_of(group))}
+        if wanting:
             self._watcher = None
-            with ProbedBlock(
-                block, lambda arguments: self._forward.run_alone(self._index, replace(first, arguments=arguments)),
-                first.arguments,
-            ) as probed:  # fmt: skip
-                folds, refused = find_folds(probed, list(by_slots))
-            for fold in folds:
-                group = by_slots[fold.consumers]
-                group.place = self._fold_place(fold)
-                group.sample = TokenSample(self._forward.ids.numel())
-                if group.place is None:
-                    refused.append(Refused(fold.consumers, f"{fold.producer.parameter} is no rows of one tensor"))
-            self._note_refused(refused, by_slots)
+            places, refused = find_block_folds(
+                self._skeleton, self._forward, self._index, block, self._all_parts, list(wanting)
+            )
+            for slots, place in places.items():
+                wanting[slots].place, wanting[slots].sample = place, TokenSample(self._forward.ids.numel())
+            self._notes += refusal_notes((self._layers_of(wanting[r.consumers])[0], r.why) for r in refused)
         self._timings.folds_s += time.perf_counter() - before
-
-    def _note_refused(self, refused: Sequence[Refused], by_slots: Mapping[tuple[Slot, ...], _Group]) -> None:
-        """One note for all experts that go without a fold for the same reason."""
-        alike: dict[tuple[str, str], list[str]] = {}
-        for refusal in refused:
-            layer = self._layers_of(by_slots[refusal.consumers])[0]
-            alike.setdefault((layer.kind, refusal.why), []).append(layer.name)
-        for (_, why), names in alike.items():
-            others = f", nor are those of {len(names) - 1} alike" if len(names) > 1 else ""
-            self._notes.append(Note(names[0], f"its input channels are not scaled{others}", why))
-
-    def _fold_place(self, fold: Fold) -> FoldPlace | None:
-        """Where a fold's producer lies in the files; None if it is made of their tensors in other ways than by rows."""
-        producer = fold.producer
-        bias = None if fold.bias is None else self._skeleton.tensor_of(self._index, fold.bias)
-        if fold.norm_offset is not None:
-            tensor = self._skeleton.tensor_of(self._index, producer.parameter)
-            parts = [] if tensor is None else [Part(tensor, None, 0, len(fold.rows))]
-        else:
-            parts = [part for part in self._all_parts.get(producer.parameter, []) if part.expert == producer.expert]
-        if not parts or (bias is None) != (fold.bias is None):
-            return None
-        return FoldPlace(fold, tuple(parts), bias)
 
     def _order(self, slot: Slot) -> tuple[int, int, int]:
         """Where a slot stands: as first seen, and experts of a list by their number, though only some are seen."""

@@ -180,7 +180,7 @@ def _probe(probed: ProbedBlock, family: list[_Search]) -> None:
             now = after.get(search.seen.place)
             if now is None or now.inputs.shape != search.seen.inputs.shape:
                 continue
-            followed = followed_rows(search.seen.inputs, now.inputs, tried)
+            followed = followed_rows(search.seen.inputs.cpu(), now.inputs.cpu(), tried)
             if followed is not None:
                 rows = torch.where(followed >= 0, candidate.rows[followed.clamp_min(0)], followed)
                 bias = probed.bias_of(candidate.slot.parameter)

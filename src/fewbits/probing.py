@@ -118,6 +118,7 @@ class ProbedBlock:
     def scale_rows(self, slot: Slot, factors: torch.Tensor, offset: float = 0.0) -> None:
         """Multiply each row of a matrix (or (w + offset) of a vector), and its bias, by a factor [rows]."""
         rows = self.rows_of(slot)
+        factors = factors.to(rows.device)
         if rows.dim() == 1:
             rows.add_(offset).mul_(factors).sub_(offset)
         else:
@@ -129,7 +130,8 @@ class ProbedBlock:
 
     def scale_inputs(self, slot: Slot, factors: torch.Tensor) -> None:
         """Multiply what each input channel is multiplied with by a factor [in]."""
-        self.rows_of(slot).mul_(factors)
+        rows = self.rows_of(slot)
+        rows.mul_(factors.to(rows.device))
 
     def reset(self) -> None:
         """Undo all scaling."""

@@ -130,10 +130,19 @@ class SuspendedForward:
 
     def run_alone(self, block: int, micro_batch: MicroBatch) -> Any:
         """Run just the block on what the micro-batch waits with, leaving the micro-batch where it is."""
+        return self.call(block, micro_batch, self.arguments_of(block, micro_batch))
+
+    def arguments_of(self, block: int, micro_batch: MicroBatch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the block will be called with for a micro-batch that waits in front of it."""
         args, kwargs = micro_batch.arguments
-        if self.stash is not None:
-            hidden = self.stash.look(block, micro_batch.index).to(self.skeleton.device)
-            args, kwargs = _with_first_tensor(args, kwargs, hidden)
+        if self.stash is None:
+            return args, kwargs
+        hidden = self.stash.look(block, micro_batch.index).to(self.skeleton.device)
+        return _with_first_tensor(args, kwargs, hidden)
+
+    def call(self, block: int, micro_batch: MicroBatch, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """Run just the block on given arguments, on behalf of a micro-batch."""
+        args, kwargs = arguments
         with self.as_running(micro_batch):
             return self._forwards[block](*args, **kwargs)
 

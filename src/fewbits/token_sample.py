@@ -31,5 +31,5 @@ class TokenSample:
 
     @property
     def rows(self) -> torch.Tensor:
-        """The rows kept so far, fp32 [n, in]."""
-        return torch.cat(self._kept).float()
+        """The rows kept so far, fp32 [n, in], on the CPU."""
+        return torch.cat(self._kept).float().cpu()

@@ -114,3 +114,12 @@ def test_rows_that_feed_several_channels_are_divided_once_and_others_not_at_all(
     assert became.tolist() == [4.0, 2.0, 4.0, 2.0, 1.0, 0.5]
     expected = weight.float() / torch.tensor([4.0, 2, 1, 1, 1, 0.5, 1, 1])[:, None]
     assert torch.equal(files.tensors["p.weight"].float(), expected)
+
+
+def test_a_scale_of_one_leaves_every_bit() -> None:
+    weight = torch.full((WIDTH,), 1e-10)  # lost in 1 + w
+    files = edits(p_weight=weight)
+    s = torch.ones(WIDTH)
+    s[0] = 2.0
+    assert absorb(place(1.0), s, files)[1:].tolist() == [1.0] * (WIDTH - 1)
+    assert torch.equal(files.tensors["p.weight"][1:], weight[1:])

@@ -20,7 +20,7 @@ from fewbits.probing import ProbedBlock
 from fewbits.skeleton import Skeleton, build_model
 from fewbits.statistics import Statistics
 from fewbits.watching import Slot
-from tiny_transformers import ARCHITECTURES, GATED, save_tiny, token_ids, whole_model
+from tiny_transformers import ARCHITECTURES, BLOCKS, GATED, save_tiny, token_ids, whole_model
 
 WIDTH = 16
 # Inputs of one dense block that a fold serves: q/k/v, o, gate/up (or up) and down; four where none is refused.
@@ -62,7 +62,7 @@ class Smoothing:
         return [None] * len(layers)
 
 
-def smoothed(path: Path) -> Smoothing:
+def smoothed(path: Path, memory_limit: int | None = None) -> Smoothing:
     checkpoint = open_checkpoint(path)
     found, _ = find_layers(checkpoint.headers, checkpoint.config)
     layers = [layer for layer in found if layer.default_skip is None and layer.block is not None]
@@ -71,7 +71,7 @@ def smoothed(path: Path) -> Smoothing:
         smoothing = Smoothing(reader.read)
         for _ in run_blocks(
             skeleton, token_ids(4, 16), layers, lambda layers, weights, statistics: [None] * len(layers),
-            folding=smoothing,
+            folding=smoothing, memory_limit=memory_limit, folder=path,
         ):  # fmt: skip
             pass
         tensors = {name: smoothing.edits.stored(name) for name in checkpoint.tensors}
@@ -93,6 +93,16 @@ def test_smoothing_alone_changes_no_logits(tmp_path: Path, architecture: str, mo
     assert float((after - before).abs().max() / before.abs().max()) < 1e-4
     first_block = [place for place in smoothing.folds if ".0." in place.parts[0].tensor.partition("expert")[0]]
     assert len(first_block) == FOLDS_BY_ARCHITECTURE[architecture]
+
+
+def test_smoothing_changes_no_logits_where_states_wait_in_a_file(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path, "llama", torch.float32)
+    ids = token_ids(2, 24, seed=1)
+    with torch.no_grad():
+        before = whole_model(path, torch.float32)(ids).logits
+        assert len(smoothed(path, memory_limit=0).folds) == 4 * BLOCKS
+        after = whole_model(path, torch.float32)(ids).logits
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-4
 
 
 class Norm(nn.Module):

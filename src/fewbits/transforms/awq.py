@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbits.fp32_products import fast_fp32
+from fewbits.transforms.balancing import STEPS, balance_groups
 from fewbits.transforms.problem import Rounding, ScaleProblem
 
 # Beyond this ratio to the middle one, scales cost more precision elsewhere than they give.
@@ -33,6 +34,7 @@ class AwqSearch:
     steps: int = 20
     ranked_rows: int = 256
     confirmed: int = 4
+    balanced: bool = True
 
 
 DEFAULTS = AwqSearch()
@@ -47,8 +49,18 @@ def find_scales(problem: ScaleProblem, search: AwqSearch = DEFAULTS) -> torch.Te
     losses = [_missed(rows, s, diagonal, problem.quick).square().sum(0).dot(diagonal).item() for s in candidates]
     order = sorted(range(len(candidates)), key=losses.__getitem__)
     best = [torch.ones_like(diagonal), *(candidates[index] for index in order[: search.confirmed])]
+    if search.balanced:
+        best += [_balanced(problem, rows, candidates[order[0]])]
     confirmed = [_output_error(_missed(problem.W, s, diagonal, problem.final), H) for s in best]
     return best[confirmed.index(min(confirmed))]
+
+
+def _balanced(problem: ScaleProblem, rows: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Scales at which, within each group, no channel wants to go either way."""
+    diagonal, groups = problem.statistics.gram.diagonal(), problem.method.scheme.groups(problem.W.shape[1])
+    for _ in range(STEPS):
+        s = problem.centred(s * problem.ties.mean(balance_groups(rows, diagonal, s, groups)).exp(), LARGEST_RATIO)
+    return s
 
 
 def _missed(W: torch.Tensor, s: torch.Tensor, diagonal: torch.Tensor, rounding: Rounding) -> torch.Tensor:

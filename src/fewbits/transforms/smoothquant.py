@@ -16,11 +16,14 @@ import torch
 from fewbits.arrays import smooth_quant_scales
 from fewbits.fp32_products import fast_fp32
 from fewbits.methods import SmoothQuant
+from fewbits.transforms.balancing import STEPS, balance_both
 from fewbits.transforms.problem import ScaleProblem
 
-STEPS = 20
+ALPHAS = 20
 RANKED_ROWS = 256
 CONFIRMED = 3
+BALANCED = True
+BALANCED_TOKENS = 512
 LEVELS = 127
 LARGEST_RATIO = 2.0**10
 
@@ -31,13 +34,26 @@ def find_scales(problem: ScaleProblem) -> torch.Tensor:
     alpha = problem.method.alpha
     if not isinstance(alpha, str):
         return _scales(problem, alpha)
-    candidates = [torch.ones(problem.W.shape[1]), *(_scales(problem, step / STEPS) for step in range(STEPS + 1))]
+    candidates = [torch.ones(problem.W.shape[1]), *(_scales(problem, step / ALPHAS) for step in range(ALPHAS + 1))]
     rows = problem.some_rows(RANKED_ROWS)
     diagonal = problem.statistics.gram.diagonal()
     losses = [_loss(problem, rows, s, diagonal) for s in candidates]
     order = sorted(range(len(candidates)), key=losses.__getitem__)[:CONFIRMED]
-    confirmed = [_loss(problem, problem.W, candidates[index], problem.statistics.gram) for index in order]
-    return candidates[order[confirmed.index(min(confirmed))]]
+    best = [candidates[index] for index in order]
+    if BALANCED:
+        best.append(_balanced(problem, rows, best[0]))
+    confirmed = [_loss(problem, problem.W, s, problem.statistics.gram) for s in best]
+    return best[confirmed.index(min(confirmed))]
+
+
+def _balanced(problem: ScaleProblem, rows: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Scales at which no channel wants to go either way."""
+    importance = problem.statistics.gram.diagonal() / problem.statistics.tokens
+    sample, norms = problem.sample[:: max(1, len(problem.sample) // BALANCED_TOKENS)], rows.square().sum(0)
+    for _ in range(STEPS):
+        move = problem.ties.mean(balance_both(rows, sample, importance, norms, s))
+        s = problem.centred(s * move.exp(), LARGEST_RATIO)
+    return s
 
 
 def _scales(problem: ScaleProblem, alpha: float) -> torch.Tensor:
