@@ -1,0 +1,153 @@
+"""Generated tokens against the model's own forward, and the text that is made of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbits
+from fewbits import Int4Asymmetric, QuantConfig, QuantizationError
+from fewbits.generate import Generator, Sampling, TextStream, prompt_tokens
+from fewbits.skeleton import find_blocks
+from tiny_llms import write_model
+
+PROMPT = [3, 9, 27, 17, 51, 25, 11, 33, 35, 41, 59, 49]
+
+
+def loaded(folder: Path, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    fewbits.quantize(
+        write_model(folder / "model", architecture, dtype), folder / "out", QuantConfig(Int4Asymmetric(32))
+    )
+    return fewbits.load(folder / "out")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_the_short_way_is_taken_and_gives_the_logits_of_the_model(architecture: str, tmp_path: Path) -> None:
+    model = loaded(tmp_path, architecture)
+    generator = Generator(model)
+    generation, tokens = generator.stream(PROMPT, 12, stop=())
+    written = list(tokens)
+    assert generation.short_way is None and generation.notes == ()
+    # Its choices must be likeliest, or as good as, by the model's own forward over the whole sequence.
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT + written])).logits[0, len(PROMPT) - 1 : -1].float()
+    chosen = logits.gather(1, torch.tensor(written)[:, None])[:, 0]
+    assert bool((logits.amax(-1) - chosen <= 2.0**-5 * logits.abs().amax(-1)).all())
+
+
+def test_a_model_that_computes_something_else_is_found_out(tmp_path: Path) -> None:
+    model = loaded(tmp_path, "llama")
+    layer = find_blocks(model)[1][1]
+    plain = layer.mlp.forward
+    layer.mlp.forward = lambda x: 0.5 * plain(x)
+    generation, tokens = Generator(model).stream(PROMPT, 6, stop=())
+    written = list(tokens)
+    assert generation.short_way == "block 1 of LlamaForCausalLM computes something else"
+    assert [note.layer for note in generation.notes] == ["decoding"]
+    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert written == expected[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("mixtral", "MixtralDecoderLayer is built of other parts|MoeBlock has"),
+        ("gpt2", "GPT2Model has no embed_tokens"),
+    ],
+)
+def test_other_architectures_take_the_models_own_forward(architecture: str, reason: str, tmp_path: Path) -> None:
+    model = fewbits.load(write_model(tmp_path, architecture, torch.bfloat16))
+    generation, tokens = Generator(model).stream(PROMPT, 4, stop=())
+    assert len(list(tokens)) == 4
+    assert re.search(reason, generation.short_way or "")
+
+
+def test_hooks_see_every_token(tmp_path: Path) -> None:
+    model = loaded(tmp_path, "llama")
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *call: seen.append(1))
+    generation, tokens = Generator(model).stream(PROMPT, 4, stop=())
+    assert (len(list(tokens)), len(seen), generation.short_way) == (4, 4, "modules have hooks")
+
+
+def test_fp32_takes_the_models_own_forward_exactly(tmp_path: Path) -> None:
+    model = loaded(tmp_path, "llama", torch.float32)
+    generation, tokens = Generator(model).stream(PROMPT, 8)
+    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False)[0, len(PROMPT) :].tolist()
+    assert list(tokens) == [token for token in expected if token != 1]
+    assert generation.short_way == "it is compiled for bf16 on the CPU, not float32 on cpu"
+
+
+def test_sampling_repeats_by_its_seed_and_a_tiny_nucleus_is_the_likeliest(tmp_path: Path) -> None:
+    generator = Generator(loaded(tmp_path, "llama"))
+
+    def tokens(sampling: Sampling) -> list[int]:
+        return list(generator.stream(PROMPT, 10, sampling, stop=())[1])
+
+    assert tokens(Sampling(1.5, 1.0, 7)) == tokens(Sampling(1.5, 1.0, 7)) != tokens(Sampling(1.5, 1.0, 8))
+    assert tokens(Sampling(1.0, 1e-6, 3)) == tokens(Sampling())
+
+
+def test_a_stop_token_ends_it_unseen(tmp_path: Path) -> None:
+    generator = Generator(loaded(tmp_path, "llama"))
+    free = list(generator.stream(PROMPT, 8, stop=())[1])
+    stop = free[3]
+    generation, tokens = generator.stream(PROMPT, 8, stop=(stop,))
+    assert list(tokens) == free[: free.index(stop)]
+    assert generation.stopped == "stop"
+
+
+def test_one_token_of_prompt_is_enough_and_none_is_not(tmp_path: Path) -> None:
+    generator = Generator(loaded(tmp_path, "llama"))
+    assert len(list(generator.stream([5], 4, stop=())[1])) == 4
+    with pytest.raises(QuantizationError, match="the prompt is empty"):
+        generator.stream([], 4)
+    with pytest.raises(QuantizationError, match="12 tokens of prompt and 117 to write are more than the model's 128"):
+        generator.stream(PROMPT, 117)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}])
+def test_impossible_sampling_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(QuantizationError, match=f"{next(iter(options))} must be"):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    chat_template: str | None = None
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return type("Encoding", (), {"input_ids": list(text.encode())})
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        return f"<user>{messages[0]['content']}<reply>"
+
+
+def test_characters_come_whole_and_nothing_is_lost() -> None:
+    text = "naïve\n日本 🙂\nend"
+    stream = TextStream(Bytes())
+    parts = [stream.push(byte) for byte in text.encode()]
+    assert "".join(parts) + stream.finish() == text
+    assert not any("�" in part for part in parts)
+
+
+def test_a_cut_character_comes_at_the_end() -> None:
+    stream = TextStream(Bytes())
+    assert stream.push("🙂".encode()[0]) == ""
+    assert stream.finish() == "�"
+
+
+def test_a_chat_template_is_applied_unless_raw_text_is_asked_for() -> None:
+    tokenizer = Bytes()
+    assert bytes(prompt_tokens(tokenizer, "hi")) == b"hi"
+    tokenizer.chat_template = "some"
+    assert bytes(prompt_tokens(tokenizer, "hi")) == b"<user>hi<reply>"
+    assert bytes(prompt_tokens(tokenizer, "hi", raw=True)) == b"hi"
