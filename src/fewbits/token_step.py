@@ -20,6 +20,7 @@ from torch import nn
 from fewbits.errors import CalibrationError
 from fewbits.kernels import one_token
 from fewbits.kernels.compiling import Array, as_numpy
+from fewbits.kernels.one_token_attention import Attention
 from fewbits.linear import QuantLinear
 from fewbits.skeleton import find_blocks
 
@@ -48,11 +49,10 @@ class Block:
     after_attention: Norm | None
     before_mlp: Norm
     after_mlp: Norm | None
-    query_norm: Norm | None
     key_norm: Norm | None
     linears: dict[str, nn.Module]
     gate: Any
-    scaling: np.float32
+    attention: Attention
     window: int | None
     cosines: Array
     sines: Array
@@ -122,31 +122,34 @@ class TokenStep:
         self._decoder = model.get_submodule(prefix.rpartition(".")[0])
         self._final = _norm_of(self._decoder.norm)
         rotations: dict[Any, tuple[Array, Array]] = {}
-        self._blocks = [self._block(block, index, capacity, rotations) for index, block in enumerate(blocks)]
-        first = self._blocks[0]
-        width = first.before_attention.weight.size
-        heads = _out_features(first.linears["q_proj"])
-        inner = max(_out_features(block.linears["gate_proj"]) for block in self._blocks)
+        scratch = np.zeros(
+            (max(_heads(block) for block in blocks), capacity + blocks[0].self_attn.head_dim), np.float32
+        )
+        self._blocks = [self._block(block, capacity, rotations, scratch) for block in blocks]
+        width = self._blocks[0].before_attention.weight.size
+        heads = max(block.self_attn.q_proj.out_features for block in blocks)
+        inner = max(block.mlp.gate_proj.out_features for block in blocks)
         self._x = np.zeros(width, np.float32)
         self._hidden = torch.zeros(1, width, dtype=torch.bfloat16)
         self._mixed = torch.zeros(1, heads, dtype=torch.bfloat16)
         self._gated = torch.zeros(1, inner, dtype=torch.bfloat16)
-        self._scores = np.zeros(capacity + 2 * first.keys.shape[2], np.float32)
         self.position = 0
 
-    def _block(self, block: Any, index: int, capacity: int, rotations: dict[Any, tuple[Array, Array]]) -> Block:
+    def _block(self, block: Any, capacity: int, rotations: dict[Any, tuple[Array, Array]], scratch: Array) -> Block:
         attention, mlp = block.self_attn, block.mlp
         gemma = hasattr(block, "pre_feedforward_layernorm")
         kind = getattr(attention, "layer_type", None)
         if kind not in rotations:
             rotations[kind] = _rotation(self._decoder.rotary_emb, kind, capacity)
-        shape = (_out_features(attention.k_proj) // attention.head_dim, capacity, attention.head_dim)
+        kv_heads = attention.k_proj.out_features // attention.head_dim
+        keys, values = np.zeros((2, kv_heads, capacity, attention.head_dim), np.float32)
+        weight, eps = _or_none(_norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None)
+        shared = _heads(block) // kv_heads
         return Block(
             before_attention=_norm_of(block.input_layernorm),
             after_attention=_norm_of(block.post_attention_layernorm) if gemma else None,
             before_mlp=_norm_of(block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm),
             after_mlp=_norm_of(block.post_feedforward_layernorm) if gemma else None,
-            query_norm=_norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None,
             key_norm=_norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
             linears={
                 name: module
@@ -155,12 +158,12 @@ class TokenStep:
                 if name.endswith("_proj")
             },
             gate=_gate_of(mlp),
-            scaling=np.float32(attention.scaling),
+            attention=Attention(keys, values, weight, float(eps), attention.scaling, shared, scratch),
             window=getattr(attention, "sliding_window", None),
             cosines=rotations[kind][0],
             sines=rotations[kind][1],
-            keys=np.zeros(shape, np.float32),
-            values=np.zeros(shape, np.float32),
+            keys=keys,
+            values=values,
         )
 
     def adopt(self, cache: Any, length: int) -> None:
@@ -219,13 +222,9 @@ class TokenStep:
         cosines, sines = block.cosines[position], block.sines[position]
         weight, eps = _or_none(block.key_norm)
         one_token.remember(k, v, weight, eps, cosines, sines, block.keys, block.values, position)
-        weight, eps = _or_none(block.query_norm)
         first = 0 if block.window is None else max(0, position + 1 - block.window)
-        one_token.attend(
-            q, weight, eps, cosines, sines, block.scaling, block.keys, block.values, first, position, self._scores,
-            as_numpy(self._mixed)[0],
-        )  # fmt: skip
-        _add(x, _product(block.linears["o_proj"], self._mixed), block.after_attention)
+        block.attention(q.ctypes.data, cosines, sines, first, position, self._mixed.data_ptr())
+        _add(x, _product(block.linears["o_proj"], self._mixed[:, : q.size]), block.after_attention)
         one_token.normed(x, block.before_mlp.weight, block.before_mlp.eps, hidden)
         gate, up = (_product(block.linears[name], self._hidden) for name in ("gate_proj", "up_proj"))
         gated = self._gated[:, : gate.size]
@@ -247,8 +246,8 @@ def _or_none(norm: Norm | None) -> tuple[Array, np.float32]:
     return (NONE, np.float32(0)) if norm is None else (norm.weight, norm.eps)
 
 
-def _out_features(linear: Any) -> int:
-    return int(linear.out_features)
+def _heads(block: Any) -> int:
+    return int(block.self_attn.q_proj.out_features) // int(block.self_attn.head_dim)
 
 
 def _norm_of(module: Any) -> Norm:

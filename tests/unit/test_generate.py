@@ -6,12 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numba
+import numpy as np
 import pytest
 import torch
 
 import fewbits
 from fewbits import Int4Asymmetric, QuantConfig, QuantizationError
 from fewbits.generate import Generator, Sampling, TextStream, prompt_tokens
+from fewbits.kernels.one_token import exponential
+from fewbits.kernels.one_token_attention import Attention
 from fewbits.skeleton import find_blocks
 from tiny_llms import write_model
 
@@ -151,3 +155,33 @@ def test_a_chat_template_is_applied_unless_raw_text_is_asked_for() -> None:
     tokenizer.chat_template = "some"
     assert bytes(prompt_tokens(tokenizer, "hi")) == b"<user>hi<reply>"
     assert bytes(prompt_tokens(tokenizer, "hi", raw=True)) == b"hi"
+
+
+def test_compiled_attention_is_softmax_over_the_window() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 40, 16, generator=generator).numpy()
+    queries = torch.randn(6, 16, generator=generator).bfloat16()
+    cosines, sines = torch.ones(16).numpy(), torch.zeros(16).numpy()
+    scratch = torch.zeros(6, 40 + 16).numpy()
+    attention = Attention(keys, values, torch.empty(0).numpy(), 0.0, 0.25, 3, scratch)
+    for first, position in ((0, 0), (0, 37), (30, 36)):
+        out = torch.empty(6, 16, dtype=torch.bfloat16)
+        attention(queries.data_ptr(), cosines, sines, first, position, out.data_ptr())
+        for head in range(6):
+            k, v = (torch.from_numpy(side[head // 3, first : position + 1]).double() for side in (keys, values))
+            expected = (k @ queries[head].double() * 0.25).softmax(0) @ v
+            torch.testing.assert_close(out[head].double(), expected, rtol=2.0**-8, atol=2.0**-9)
+
+
+def test_the_vectorized_exponential_is_that_of_numpy() -> None:
+    @numba.njit
+    def over(values: Any, out: Any) -> None:
+        for i in range(values.size):
+            out[i] = exponential(values[i])
+
+    values = np.concatenate([np.linspace(-87, 87, 20001), [0.0, -0.0, 1e-30]]).astype(np.float32)
+    out = np.empty_like(values)
+    over(values, out)
+    np.testing.assert_allclose(out, np.exp(values.astype(np.float64)), rtol=4e-7)
+    over(np.array([-1e30, -np.inf], np.float32), out[:2])
+    assert (out[:2] < 2e-38).all()
