@@ -18,17 +18,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).parent / "results" / "streaming.jsonl"
 HIDDEN, INNER, KEYS, VOCABULARY = 4096, 14336, 1024, 128256
+# Deleted files are still being discarded after a sync.
+SETTLE_S = 2.0
 METHODS = {"int8": [], "fp8": [], "int4": ["--group-size", "128"]}
 
 
 def block(index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One decoder block of random weights."""
+    import torch
+
     prefix = f"model.layers.{index}"
     shapes = {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -49,7 +54,13 @@ def block(index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> None:
-    """Write a checkpoint of about `gigabytes` in three files."""
+    """Write a checkpoint of about `gigabytes` in three files.
+
+    Runs in a process of its own: what a parent had resident would count as its children's peak.
+    """
+    import torch
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(0)
     block_bytes = 2 * (2 * HIDDEN * HIDDEN + 2 * KEYS * HIDDEN + 3 * INNER * HIDDEN)
     embedding_bytes = 2 * VOCABULARY * HIDDEN
@@ -81,6 +92,7 @@ def timed(command: list[str], out: Path) -> tuple[float, int]:
     """Wall seconds until everything is on disk, and peak resident bytes of the child."""
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["sync"], check=True)
+    time.sleep(SETTLE_S)
     started_s = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -97,21 +109,26 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[4.0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
+    parser.add_argument("--make", type=Path, help="only write a checkpoint of the first size into this folder")
     args = parser.parse_args()
+    if args.make is not None:
+        make_checkpoint(args.make, args.sizes[0])
+        return
     fewbits = str(Path(sys.executable).parent / "fewbits")
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         for size in args.sizes:
             source, out = Path(scratch) / f"source-{size:g}", Path(scratch) / "out"
-            make_checkpoint(source, size)
+            subprocess.run([sys.executable, __file__, "--sizes", str(size), "--make", str(source)], check=True)
             commands = {"cp": ["cp", "-r", str(source), str(out)]}
             for method, options in METHODS.items():
                 commands[method] = [fewbits, "quantize", str(source), str(out), "-m", method, *options, "--quiet"]
             for command in commands.values():  # One run each to warm page cache and compiled kernels.
                 timed(command, out)
             runs: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-            for _ in range(args.runs):
-                for name, command in commands.items():
-                    runs[name].append(timed(command, out))
+            for run in range(args.runs):
+                # Forwards and backwards in turn: what the one before left for the disk to do counts for each alike.
+                for name in list(commands)[:: 1 if run % 2 == 0 else -1]:
+                    runs[name].append(timed(commands[name], out))
             copy_s = statistics.median(elapsed for elapsed, _ in runs["cp"])
             for name, results in runs.items():
                 seconds = [elapsed for elapsed, _ in results]

@@ -35,7 +35,7 @@ class BlockInputs:
         self._file: BinaryIO | None = None
         self._folder = folder
         self._end = 0
-        self._free: list[int] = []
+        self._free: dict[int, list[int]] = {}  # offsets by size: the last micro-batch may be smaller
 
     def __enter__(self) -> BlockInputs:
         return self
@@ -62,13 +62,14 @@ class BlockInputs:
             self._tensors[block, micro_batch] = hidden
             return
         nbytes = hidden.numel() * hidden.element_size()
-        offset = self._free.pop() if self._free else self._end
+        free = self._free.get(nbytes)
+        offset = free.pop() if free else self._end
         self._end = max(self._end, offset + nbytes)
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
             self._file.seek(offset)
-            self._file.write(memoryview(hidden.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            self._file.write(memoryview(hidden.cpu().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
             self._file.flush()
         except OSError as failure:
             raise OutputError(
@@ -83,9 +84,16 @@ class BlockInputs:
         if not self.in_file:
             return self._tensors.pop(key)
         tensor = self.look(block, micro_batch)
-        # All micro-batches but the last are equally long, so a freed place is as large as any other needs.
-        self._free.append(self._places.pop(key)[0])
+        self.drop(block, micro_batch)
         return tensor
+
+    def drop(self, block: int, micro_batch: int) -> None:
+        """Keep what enters `block` no longer."""
+        if not self.in_file:
+            del self._tensors[block, micro_batch]
+        else:
+            offset, shape, dtype = self._places.pop((block, micro_batch))
+            self._free.setdefault(shape.numel() * dtype.itemsize, []).append(offset)
 
     def look(self, block: int, micro_batch: int) -> torch.Tensor:
         """What enters `block`, which stays kept."""

@@ -9,34 +9,63 @@ complete then, `solve` is called with all consumers of that input, and the forwa
         done.save_states(folder / "states.safetensors")      # resume with load_states(…), start_block=done.block + 1
 
 Which linears share an input is found by one micro-batch's dry run. Where the states of all micro-batches would not fit
-into the memory limit, each block runs twice instead: once to gather all of its statistics, once with its new weights.
+into the memory limit, each block runs twice instead, one micro-batch after the other: once to gather all of its
+statistics, once with its new weights; what lies between two blocks waits in a file.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from fewbits.absorbing import FoldPlace
+from fewbits.block_inputs import BlockInputs
 from fewbits.errors import CalibrationError
+from fewbits.folds import Fold, Refused, find_folds
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
+from fewbits.probing import ProbedBlock
 from fewbits.skeleton import Part, Skeleton
+from fewbits.states import States, write_states
 from fewbits.statistics import Statistics, StatisticsAccumulator
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, structure_of
+from fewbits.token_sample import TokenSample
 from fewbits.watching import Slot, watch
 
 # Called with the consumers of one input, their weights [out, in] as stored, and what was seen of the input (None if
 # nothing was). Returns for each the weight to go on with, or None to leave it.
 Solve = Callable[[Sequence[LinearLayer], Sequence[torch.Tensor], Statistics | None], Sequence[torch.Tensor | None]]
+# Called with a block's name and the consumers of one input, once they are solved.
+Watcher = Callable[[str, Sequence[LinearLayer]], None]
 # One number a token for the consumers of one input, or None for plain statistics.
 TokenWeights = Callable[[Sequence[LinearLayer]], torch.Tensor | None]
 
 MICRO_BATCH_TOKENS = 2048
+
+
+class Folding(Protocol):
+    """Solves layers whose input channels may be scaled, because a fold takes the scales up."""
+
+    def wants(self, layers: Sequence[LinearLayer]) -> bool:
+        """Whether a fold is of use to the consumers of one input."""
+
+    def solve(
+        self,
+        layers: Sequence[LinearLayer],
+        weights: Sequence[torch.Tensor],
+        statistics: Statistics,
+        place: FoldPlace,
+        sample: torch.Tensor,
+    ) -> Sequence[torch.Tensor | None]:
+        """As `Solve`; what is returned multiplies the input as it is, unscaled. sample: some of the tokens [n, in]."""
 
 
 @dataclass
@@ -47,16 +76,8 @@ class Timings:
     forward_s: float = 0.0
     statistics_s: float = 0.0
     solve_s: float = 0.0
+    folds_s: float = 0.0
     total_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class States:
-    """Hidden states behind a block, as saved: one tensor a micro-batch."""
-
-    block: int
-    structure: str
-    outputs: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -70,33 +91,32 @@ class BlockDone:
     _forward: SuspendedForward = field(repr=False)
 
     def save_states(self, path: Path) -> bool:
-        """Write the hidden states behind this block, to go on from later; False if they have a form that cannot be."""
-        from safetensors.torch import save_file
+        """Write the hidden states behind this block, to go on from later; False if they have a form that cannot be.
 
-        structures = {structure_of(micro_batch.output) for micro_batch in self._forward.micro_batches}
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        micro_batches = self._forward.micro_batches
+        structures = {structure_of(micro_batch.output) for micro_batch in micro_batches}
         if len(structures) != 1 or None in structures:
             return False
-        tensors = {
-            f"{micro_batch.index:06d}": hidden_of(micro_batch.output).contiguous()
-            for micro_batch in self._forward.micro_batches
-        }
-        save_file(tensors, str(path), {"block": str(self.block), "structure": str(structures.pop())})
+        write_states(
+            path, self.block, str(structures.pop()),
+            [hidden_of(micro_batch.output) for micro_batch in micro_batches],
+            (self._forward.hidden_behind(self.block, micro_batch) for micro_batch in micro_batches),
+        )  # fmt: skip
         return True
-
-
-def load_states(path: Path) -> States:
-    """Read what `save_states` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata()
-        outputs = tuple(file.get_tensor(name) for name in sorted(file.keys()))
-    return States(int(metadata["block"]), metadata["structure"], outputs)
 
 
 def micro_batch_size(length: int) -> int:
     """Samples in one micro-batch: enough tokens for matrix products at full speed, few enough to stay in the cache."""
     return max(1, MICRO_BATCH_TOKENS // length)
+
+
+def bytes_in_flight(skeleton: Skeleton, tokens: int, layers: Sequence[LinearLayer]) -> int:
+    """What suspended forwards hold at most: for every token the residual, its norm, and the widest linear's input."""
+    widest = max((layer.in_features for layer in layers), default=0)
+    return tokens * (2 * skeleton.hidden_bytes + widest * skeleton.element_size)
 
 
 @torch.no_grad()
@@ -107,9 +127,12 @@ def run_blocks(
     solve: Solve,
     *,
     token_weights: TokenWeights | None = None,
+    folding: Folding | None = None,
     states: States | None = None,
     memory_limit: int | None = None,
+    folder: Path | None = None,
     micro_batch: int | None = None,
+    watcher: Watcher | None = None,
 ) -> Iterator[BlockDone]:
     """Run all blocks, solving the given layers on the way.
 
@@ -117,8 +140,11 @@ def run_blocks(
         ids: token ids [samples, length].
         layers: the linears to solve; all others run as they are.
         token_weights: the importance of tokens to a group of linears.
+        folding: solves the groups it wants in place of `solve`, where a fold is found and proven.
         states: where to go on from; blocks up to `states.block` are not run again.
         memory_limit: bytes that states in flight may take; past them every block runs twice.
+        folder: where the file goes that states then wait in.
+        watcher: told of every group of layers that is solved.
     """
     start_block = 0 if states is None else states.block + 1
     wanted: dict[int, dict[str, LinearLayer]] = {}
@@ -127,25 +153,32 @@ def run_blocks(
             wanted.setdefault(layer.block, {})[layer.tensor] = layer
     size = micro_batch or micro_batch_size(ids.shape[1])
     timings, began = Timings(), time.perf_counter()
+    limited = memory_limit is not None and memory_limit < bytes_in_flight(skeleton, ids.numel(), layers)
     skeleton.materialize_rest()
+    stash = BlockInputs(2, ids.numel() * skeleton.hidden_bytes, 0, sys.maxsize, folder) if limited else None
     forward = SuspendedForward(
         skeleton,
         ids,
         size,
         skip=start_block,
-        outputs=[] if states is None else list(states.outputs),
+        outputs=() if states is None else states.outputs,
         structure="tensor" if states is None else states.structure,
+        stash=stash,
     )
-    with forward:
+    with forward, stash or nullcontext():
         forward.start()
-        forward.outputs.clear()
+        forward.outputs = ()
         skeleton.release_embeddings()
         for index in range(start_block, len(skeleton.blocks)):
             forward.waiting_at(index)
-            run = _BlockRun(skeleton, forward, index, wanted.get(index, {}), solve, token_weights, timings)
-            notes = run.run(memory_limit)
+            run = _BlockRun(
+                skeleton, forward, index, wanted.get(index, {}), solve, token_weights, folding, timings, watcher
+            )
+            notes = run.run()
             timings.total_s = time.perf_counter() - began
-            timings.forward_s = timings.total_s - timings.files_s - timings.statistics_s - timings.solve_s
+            timings.forward_s = (
+                timings.total_s - timings.files_s - timings.statistics_s - timings.solve_s - timings.folds_s
+            )
             yield BlockDone(index, skeleton.block_names[index], tuple(notes), timings, forward)
 
 
@@ -159,6 +192,8 @@ class _Group:
     arrived: set[int] = field(default_factory=set)
     solved: bool = False
     late_tokens: int = 0
+    place: FoldPlace | None = None
+    sample: TokenSample | None = None
 
 
 class _BlockRun:
@@ -172,11 +207,14 @@ class _BlockRun:
         layers: Mapping[str, LinearLayer],
         solve: Solve,
         token_weights: TokenWeights | None,
+        folding: Folding | None,
         timings: Timings,
+        watcher: Watcher | None,
     ) -> None:
         self._skeleton, self._forward, self._index = skeleton, forward, index
         self._layers, self._solve, self._token_weights = layers, solve, token_weights
-        self._timings = timings
+        self._folding, self._timings = folding, timings
+        self._report = watcher
         self._notes: list[Note] = []
         self._groups: dict[tuple[str, int | None], _Group] = {}
         self._units: dict[str, int] = {}
@@ -185,7 +223,7 @@ class _BlockRun:
         self._solved_layers: set[str] = set()
         self._weights: dict[str, torch.Tensor] = {}
 
-    def run(self, memory_limit: int | None) -> list[Note]:
+    def run(self) -> list[Note]:
         """Run the block on all micro-batches; they wait in front of the next one afterwards."""
         before = time.perf_counter()
         with self._skeleton.materialized(self._index) as block:
@@ -200,22 +238,47 @@ class _BlockRun:
             self._timings.files_s += time.perf_counter() - before
             if self._parts:
                 self._dry_run()
-            self._watcher = self._arrive
-            for micro_batch in self._forward.micro_batches:
-                self._forward.resume(micro_batch)
-            while waiting := self._waiting():
-                group = min(waiting, key=lambda group: group.order)
-                self._solve_group(group)
-                for micro_batch in waiting[group]:
-                    self._forward.resume(micro_batch)
-            self._watcher = None
+                self._find_folds(block)
+            if self._forward.stash is None:
+                self._run_suspended()
+            else:
+                self._run_twice()
             self._solve_unseen()
         return self._notes
+
+    def _run_suspended(self) -> None:
+        """All micro-batches in step, each waiting wherever a linear's codes are still to be chosen."""
+        self._watcher = self._arrive
+        for micro_batch in self._forward.micro_batches:
+            self._forward.resume(micro_batch)
+        while waiting := self._waiting():
+            group = min(waiting, key=lambda group: group.order)
+            self._solve_group(group)
+            for micro_batch in waiting[group]:
+                self._forward.resume(micro_batch)
+        self._watcher = None
+
+    def _run_twice(self) -> None:
+        """One micro-batch after the other, to gather all statistics; then again, with the new weights."""
+        self._watcher = self._gather
+        if self._parts:
+            for micro_batch in self._forward.micro_batches:
+                self._forward.run_alone(self._index, micro_batch)
+        self._watcher = None
+        reached = [group for group in dict.fromkeys(self._groups.values()) if group.accumulator is not None]
+        for group in sorted(reached, key=lambda group: group.order):
+            self._solve_group(group)
+        for micro_batch in self._forward.micro_batches:
+            output = self._forward.run_alone(self._index, micro_batch)
+            self._forward.finish_block(self._index, micro_batch, output)
+        for micro_batch in self._forward.micro_batches:
+            self._forward.resume(micro_batch)
 
     def _find_parts(self) -> dict[tuple[str, int | None], list[Part]]:
         """Wanted layers by the matrix they lie in."""
         found: dict[tuple[str, int | None], list[Part]] = {}
-        for parameter, parts in self._skeleton.parts(self._index).items():
+        self._all_parts = self._skeleton.parts(self._index)
+        for parameter, parts in self._all_parts.items():
             for part in parts:
                 if part.tensor in self._layers:
                     found.setdefault((parameter, part.expert), []).append(part)
@@ -243,6 +306,53 @@ class _BlockRun:
         self._watcher = record
         self._forward.run_alone(self._index, self._forward.micro_batches[0])
 
+    def _find_folds(self, block: nn.Module) -> None:
+        """Give the groups that want one a fold, and say which do without."""
+        if self._folding is None:
+            return
+        before = time.perf_counter()
+        groups = sorted(set(self._groups.values()), key=lambda group: group.order)
+        by_slots = {tuple(group.slots): group for group in groups if self._folding.wants(self._layers_of(group))}
+        if by_slots:
+            first = self._forward.micro_batches[0]
+            self._watcher = None
+            with ProbedBlock(
+                block, lambda arguments: self._forward.run_alone(self._index, replace(first, arguments=arguments)),
+                first.arguments,
+            ) as probed:  # fmt: skip
+                folds, refused = find_folds(probed, list(by_slots))
+            for fold in folds:
+                group = by_slots[fold.consumers]
+                group.place = self._fold_place(fold)
+                group.sample = TokenSample(self._forward.ids.numel())
+                if group.place is None:
+                    refused.append(Refused(fold.consumers, f"{fold.producer.parameter} is no rows of one tensor"))
+            self._note_refused(refused, by_slots)
+        self._timings.folds_s += time.perf_counter() - before
+
+    def _note_refused(self, refused: Sequence[Refused], by_slots: Mapping[tuple[Slot, ...], _Group]) -> None:
+        """One note for all experts that go without a fold for the same reason."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for refusal in refused:
+            layer = self._layers_of(by_slots[refusal.consumers])[0]
+            alike.setdefault((layer.kind, refusal.why), []).append(layer.name)
+        for (_, why), names in alike.items():
+            others = f", nor are those of {len(names) - 1} alike" if len(names) > 1 else ""
+            self._notes.append(Note(names[0], f"its input channels are not scaled{others}", why))
+
+    def _fold_place(self, fold: Fold) -> FoldPlace | None:
+        """Where a fold's producer lies in the files; None if it is made of their tensors in other ways than by rows."""
+        producer = fold.producer
+        bias = None if fold.bias is None else self._skeleton.tensor_of(self._index, fold.bias)
+        if fold.norm_offset is not None:
+            tensor = self._skeleton.tensor_of(self._index, producer.parameter)
+            parts = [] if tensor is None else [Part(tensor, None, 0, len(fold.rows))]
+        else:
+            parts = [part for part in self._all_parts.get(producer.parameter, []) if part.expert == producer.expert]
+        if not parts or (bias is None) != (fold.bias is None):
+            return None
+        return FoldPlace(fold, tuple(parts), bias)
+
     def _order(self, slot: Slot) -> tuple[int, int, int]:
         """Where a slot stands: as first seen, and experts of a list by their number, though only some are seen."""
         path = slot.parameter.split(".")
@@ -266,13 +376,27 @@ class _BlockRun:
             if micro_batch.index not in group.arrived and slot == group.slots[0]:
                 group.late_tokens += inputs.numel() // inputs.shape[-1]
             return
+        self._add(group, micro_batch, inputs)
+        self._forward.suspend(group)
+
+    def _gather(self, slot: Slot, inputs: torch.Tensor) -> None:
+        """A micro-batch that does not wait has come to a linear: add its input, once for all consumers."""
+        key = slot.parameter, slot.expert
+        if key not in self._groups:
+            self._groups[key] = _Group([slot], self._order(slot))
+        group, micro_batch = self._groups[key], self._forward.running
+        if micro_batch.index not in group.arrived:
+            self._add(group, micro_batch, inputs)
+
+    def _add(self, group: _Group, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
         group.arrived.add(micro_batch.index)
         before = time.perf_counter()
         if group.accumulator is None:
             group.accumulator = StatisticsAccumulator(inputs.shape[-1], inputs.device)
         group.accumulator.add(inputs, self._importance(group, micro_batch, inputs))
+        if group.sample is not None:
+            group.sample.add(inputs)
         self._timings.statistics_s += time.perf_counter() - before
-        self._forward.suspend(group)
 
     def _importance(self, group: _Group, micro_batch: MicroBatch, inputs: torch.Tensor) -> torch.Tensor | None:
         if self._token_weights is None:
@@ -302,7 +426,8 @@ class _BlockRun:
     def _solve_group(self, group: _Group) -> None:
         assert group.accumulator is not None
         before = time.perf_counter()
-        statistics = group.accumulator.finish()
+        # Codes are chosen by compiled kernels, which run on the CPU.
+        statistics = group.accumulator.finish().to("cpu")
         group.accumulator = None
         self._timings.statistics_s += time.perf_counter() - before
         layers = self._layers_of(group)
@@ -310,20 +435,28 @@ class _BlockRun:
             names = self._skeleton.block_names
             last = f"; the last good block is {names[self._index - 1]}" if self._index else ""
             raise CalibrationError(f"The input of {layers[0].name} has NaN or infinite values{last}.")
-        self._solve_slots(group.slots, layers, statistics)
-        group.solved = True
+        self._solve_slots(group.slots, layers, statistics, group)
+        group.solved, group.sample = True, None
 
-    def _solve_slots(self, slots: list[Slot], layers: list[LinearLayer], statistics: Statistics | None) -> None:
+    def _solve_slots(self, slots: list[Slot], layers: list[LinearLayer], statistics: Statistics, group: _Group) -> None:
         before = time.perf_counter()
         places = [(slot, part) for slot in slots for part in self._parts[slot.parameter, slot.expert]]
-        weights = [self._stored(slot, part) for slot, part in places]
-        solved = self._solve(layers, weights, statistics)
+        weights = [self._stored(slot, part).cpu() for slot, part in places]
+        if group.place is not None and group.sample is not None and self._folding is not None:
+            solved = self._folding.solve(layers, weights, statistics, group.place, group.sample.rows)
+        else:
+            solved = self._solve(layers, weights, statistics)
         for (slot, part), weight in zip(places, solved, strict=True):
             if weight is not None:
                 rows = self._rows(slot, part)
                 rows.copy_(weight.T if slot.transposed else weight)
-        self._solved_layers.update(layer.tensor for layer in layers)
         self._timings.solve_s += time.perf_counter() - before
+        self._finished(layers)
+
+    def _finished(self, layers: Sequence[LinearLayer]) -> None:
+        self._solved_layers.update(layer.tensor for layer in layers)
+        if self._report is not None:
+            self._report(self._skeleton.block_names[self._index], layers)
 
     def _rows(self, slot: Slot, part: Part) -> torch.Tensor:
         plain = self._plain[slot.parameter]
@@ -351,14 +484,13 @@ class _BlockRun:
                         "they arrived after it was solved",
                     )
                 )
-        for layer in self._layers.values():
-            if layer.tensor in self._solved_layers:
-                continue
+        for layer in [layer for layer in self._layers.values() if layer.tensor not in self._solved_layers]:
             self._notes.append(Note(layer.name, "solved without a statistic", "no calibration token reached it"))
             weight = self._skeleton.read(layer.tensor)
             before = time.perf_counter()
             self._solve([layer], [weight.T.contiguous() if layer.transposed else weight], None)
             self._timings.solve_s += time.perf_counter() - before
+            self._finished([layer])
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -9,29 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fewbits.calibrate import BlockDone, Timings, TokenWeights, load_states, micro_batch_size, run_blocks
+from fewbits.calibrate import BlockDone, Timings, TokenWeights, bytes_in_flight, micro_batch_size, run_blocks
 from fewbits.calibration import Calibration
 from fewbits.checkpoints.journal import Journal
 from fewbits.checkpoints.partial import PartialFolder
 from fewbits.checkpoints.reader import TensorReader
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.convert import NonFiniteWeights, ShardWork
+from fewbits.errors import PlanError
+from fewbits.folded_layers import LayerSolver
 from fewbits.formats import FORMATS
-from fewbits.importance import measure_importance
+from fewbits.importance import MEMORY_LIMIT, measure_importance
 from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.plan import Plan
 from fewbits.progress import Progress
 from fewbits.skeleton import Skeleton, build_model
-from fewbits.solve_layers import SolvedLayer, solve_group
-from fewbits.statistics import Statistics
+from fewbits.states import load_states, write_tensors
 from fewbits.token_weights import shared_weights
 
 IMPORTANCE_FILE = "importance.safetensors"
 STATES_FILE = "states-{block}.safetensors"
+
+
+def step_text(block: str, layers: Sequence[LinearLayer]) -> str:
+    """ "model.layers.3: q_proj, k_proj, v_proj": a block and the linears in it that were solved together."""
+    return f"{block}: {', '.join(layer.name.removeprefix(f'{block}.').rpartition('.')[2] for layer in layers)}"
 
 
 @dataclass
@@ -45,11 +51,13 @@ class CalibratedConversion:
     progress: Progress
     importance: bool = True
     seed: int = 0
+    strict: bool = False
     memory_limit: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
     timings: Timings = field(default_factory=Timings)
     importance_s: float = 0.0
-    _solved: dict[str, SolvedLayer] = field(default_factory=dict)
-    _notes: list[Note] = field(default_factory=list)
+    _solver: LayerSolver = field(init=False)
 
     def run(self, shards: Sequence[ShardWork], blocks: dict[int, ShardWork]) -> None:
         """Write the shards of `blocks`.
@@ -68,18 +76,34 @@ class CalibratedConversion:
         states = self._states(todo[0])
         first = 0 if states is None else states.block + 1
         with TensorReader(self.plan.source) as reader:
-            skeleton = Skeleton(build_model(self.plan.source.path, torch.bfloat16), self.plan.source, reader)
+            model = build_model(self.plan.source.path, self.dtype)
+            skeleton = Skeleton(model, self.plan.source, reader, self.device)
+            self._solver = LayerSolver(self._planned, skeleton.read, self._check_finite)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
             token_weights = self._token_weights(skeleton, layers) if self.importance else None
-            self.progress.begin("calibrating", len(skeleton.blocks) - first, "blocks")
+            self._note_two_forwards(skeleton, layers, first)
+            remaining = sum(layer.block is not None and layer.block >= first for layer in layers)
+            self.progress.begin("calibrating", remaining, "linears")
             for done in run_blocks(
-                skeleton, self.calibration.ids, layers, self._solve,
-                token_weights=token_weights, states=states, memory_limit=self.memory_limit,
+                skeleton, self.calibration.ids, layers, self._solver.solve_plainly,
+                token_weights=token_weights, folding=self._solver if self._solver.is_folding else None, states=states,
+                memory_limit=self.memory_limit, folder=self.folder.scratch,
+                watcher=lambda block, group: self.progress.advance(len(group), step_text(block, group)),
             ):  # fmt: skip
-                self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
+                if done.block in blocks:
+                    self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
                 self.timings = done.timings
-                self.progress.advance(1, done.name)
             self.progress.end()
+            for block in range(len(skeleton.blocks)):
+                self._states_path(block).unlink(missing_ok=True)
+
+    def _note_two_forwards(self, skeleton: Skeleton, layers: Sequence[LinearLayer], first: int) -> None:
+        """Say so where states in flight do not fit; only once, however often the run is interrupted."""
+        needed = bytes_in_flight(skeleton, self.calibration.tokens, layers)
+        if self.memory_limit is None or needed <= self.memory_limit or first > 0:
+            return
+        why = f"states in flight would take {needed:,} bytes, and {self.memory_limit:,} are allowed"
+        self._solver.note(Note("calibration", "every block runs twice, its states wait in a file", why))
 
     def _token_weights(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> TokenWeights:
         """The importance of tokens to a group of linears, measured once and kept for the case of an interruption."""
@@ -92,13 +116,12 @@ class CalibratedConversion:
             weights = measure_importance(
                 skeleton, self.calibration.ids, layers,
                 micro_batch=micro_batch_size(self.calibration.ids.shape[1]), seed=self.seed, folder=self.folder.scratch,
+                memory_limit=min(MEMORY_LIMIT, self.memory_limit if self.memory_limit is not None else MEMORY_LIMIT),
                 watcher=lambda stage, done, total: self.progress.advance(1, stage),
             ).weights  # fmt: skip
             self.progress.end()
             self.importance_s = time.perf_counter() - before
-            temporary = path.with_suffix(".unfinished")
-            save_file(weights, str(temporary))
-            temporary.replace(path)
+            write_tensors(path, weights)
 
         def of_group(group: Sequence[LinearLayer]) -> torch.Tensor | None:
             known = [weights[layer.name] for layer in group if layer.name in weights]
@@ -116,47 +139,44 @@ class CalibratedConversion:
     def _states_path(self, block: int) -> Path:
         return self.folder.scratch / STATES_FILE.format(block=block)
 
-    def _solve(
-        self, layers: Sequence[LinearLayer], weights: Sequence[torch.Tensor], statistics: Statistics | None
-    ) -> list[torch.Tensor | None]:
-        for layer, weight in zip(layers, weights, strict=True):
-            if not bool(torch.isfinite(weight).all()):
-                raise NonFiniteWeights(self.plan.source.tensors[layer.tensor], layer.name)
-        solved = solve_group(layers, weights, statistics, self._planned, self._notes)
-        self._solved |= solved
-        return [
-            solved[layer.name].weight.dequantize(weight.dtype) for layer, weight in zip(layers, weights, strict=True)
-        ]
+    def _check_finite(self, layer: LinearLayer, weight: torch.Tensor) -> None:
+        if not bool(torch.isfinite(weight).all()):
+            raise NonFiniteWeights(self.plan.source.tensors[layer.tensor], layer.name)
 
     def _finish(self, done: BlockDone, work: ShardWork, reader: TensorReader, *, write: bool) -> None:
         """Write one block's shard and states, then the journal's line."""
-        notes = [*self._notes, *done.notes]
-        solved, self._solved, self._notes = self._solved, {}, []
+        solved = self._solver.finish()
+        notes = [*solved.notes, *done.notes]
         if not write:
             return
+        if self.strict and notes:
+            raise PlanError(f"strict: {notes[0]}", "resolve it in the config, or run without --strict")
+        edits = solved.edits
         shard = self.plan.shards[work.number]
         writer = ShardWriter(self.folder.path, shard)
         try:
             for entry, layer in work.sources:
                 if layer is None:
                     content = torch.empty(entry.nbytes, dtype=torch.uint8)
-                    reader.read_bytes(entry.name, 0, content)
+                    if entry.name in edits.tensors:
+                        content = edits.tensors[entry.name].contiguous().view(-1).view(torch.uint8)
+                    else:
+                        reader.read_bytes(entry.name, 0, content)
                     if holds_nonfinite(content.numpy(), entry.dtype):
                         raise NonFiniteWeights(entry, None)
                     writer.write(entry.name, content)
                     continue
-                encoded = FORMATS[self.plan.format].encode(layer.name, solved[layer.name].weight, layer.shape)
+                weight = edits.quantized[layer.layer.tensor]
+                encoded = FORMATS[self.plan.format].encode(layer.name, weight, layer.shape)
                 for name, tensor in encoded.items():
                     writer.write(name, tensor)
             digests = writer.close()
         finally:
             writer.abort()
         path = self._states_path(done.block)
-        temporary = path.with_suffix(".unfinished")
-        if done.save_states(temporary):
-            temporary.replace(path)
-        records = [asdict(solved[layer.name].record) for _, layer in work.sources if layer is not None]
+        done.save_states(path)
+        records = [asdict(solved.records[layer.name]) for _, layer in work.sources if layer is not None]
         for note in notes:
             self.progress.note(note)
-        self.journal.append(shard.file, digests, records, [asdict(note) for note in notes])
+        self.journal.append(shard.file, digests, records, [asdict(note) for note in notes], {"folds": solved.folds})
         self._states_path(done.block - 1).unlink(missing_ok=True)

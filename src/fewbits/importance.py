@@ -25,9 +25,10 @@ from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
 from fewbits.watching import Slot, watch
 
-# Logits computed at a time: 64 MB of fp32.
-LOGITS = 1 << 24
-MEMORY_LIMIT = 1 << 30
+# Logits computed at a time: 16 MB of fp32. Past 32 MB glibc maps every tensor afresh, and touching new pages costs
+# more than softmax itself.
+LOGITS = 1 << 22
+MEMORY_LIMIT = 3 << 29
 # Called with a stage's name and how many of how many blocks are done.
 Watcher = Callable[[str, int, int], None]
 
@@ -154,7 +155,7 @@ class _Run:
                 hidden = rows[start : start + chunk].detach().requires_grad_()
                 logits = self._skeleton.head(hidden[None], micro_batch.result_type)[0]
             first = micro_batch.first_token + start
-            pull = self._drawn_gradient(logits.detach(), self._draws[first : first + len(hidden)])
+            pull = self._drawn_gradient(logits.detach(), self._draws[first : first + len(hidden)].to(logits.device))
             (gradient[start : start + chunk],) = torch.autograd.grad(logits, hidden, pull)
         tail = self._tails.pop(micro_batch.index)
         (behind,) = torch.autograd.grad(result, tail, gradient.view_as(result))
@@ -179,7 +180,7 @@ class _Run:
             with self._skeleton.materialized(index) as block:
                 parts = self._parts(index)
                 for micro_batch in self._forward.micro_batches:
-                    hidden = inputs.take(index, micro_batch.index)
+                    hidden = inputs.take(index, micro_batch.index).to(self._skeleton.device)
                     arguments = self._arguments.pop((index, micro_batch.index))
                     watch(block, _recorder(parts, self._weights, micro_batch))
                     with torch.enable_grad():
@@ -197,7 +198,7 @@ class _Run:
         for block_index in range(start, index):
             with self._skeleton.materialized(block_index) as block:
                 for micro_batch in self._forward.micro_batches:
-                    hidden = inputs.look(block_index, micro_batch.index)
+                    hidden = inputs.look(block_index, micro_batch.index).to(self._skeleton.device)
                     arguments = self._arguments[block_index, micro_batch.index]
                     args, kwargs = _with_first_tensor(arguments, hidden, placeholder=True)
                     inputs.keep(block_index + 1, micro_batch.index, hidden_of(block(*args, **kwargs)))
@@ -235,7 +236,7 @@ def _recorder(
                 for part, name in wanted:
                     columns = flat if slot.transposed else flat[:, part.start : part.stop]
                     norm = torch.linalg.vector_norm(columns, dim=1, dtype=torch.float32)
-                    weights[name][micro_batch.tokens] += norm.square() / columns.shape[1]
+                    weights[name][micro_batch.tokens] += (norm.square() / columns.shape[1]).cpu()
 
             cast(Any, output).register_hook(record)
         return output

@@ -170,6 +170,15 @@ def best_grid(
     return best_scales.view(rows, groups), best_zeros.to(torch.uint8).view(rows, groups)
 
 
+def candidate_grids(
+    rows: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: Search
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every candidate of a search for fp32 rows [R, g] of one group each: scales [R] and zero points fp32 [R]."""
+    low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
+    for factor in search.factors():
+        yield from _candidates(low, high, factor, scheme, scale_dtype)
+
+
 def _steps(grouped: torch.Tensor) -> torch.Tensor:
     """Groups [n, g] as columns in steps of SUMMED weights: [ceil(g / SUMMED), SUMMED, n], padded with zeros."""
     count, size = grouped.shape

@@ -164,7 +164,7 @@ class _Run:
 
             conversion = CalibratedConversion(
                 self.plan, self.folder, self.journal, self.calibration.data, self.progress,
-                importance=self.calibration.importance == "loss", seed=self.calibration.seed,
+                importance=self.calibration.importance == "loss", seed=self.calibration.seed, strict=self.strict,
             )  # fmt: skip
             conversion.run(remaining, blocks)
             self.stages = {"importance_s": conversion.importance_s} | asdict(conversion.timings)
@@ -197,6 +197,7 @@ class _Run:
             stages=self.stages,
             resumed_shards=self.resumed_shards,
             calibration=None if self.calibration is None else self.calibration.facts,
+            folds=tuple(fold for record in records for fold in record["extra"].get("folds", ())),
         )
         self.folder.copy_companions()
         if len(self.plan.shards) > 1:

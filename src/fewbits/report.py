@@ -61,6 +61,7 @@ class Report:
     """The outcome of `quantize`.
 
     stages: seconds by stage. resumed_shards: shards found finished from an interrupted run.
+    folds: tensors that took scales up, and the layers whose inputs were scaled.
     """
 
     out_dir: Path
@@ -73,6 +74,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
     resumed_shards: int = 0
     calibration: dict[str, Any] | None = None
+    folds: tuple[dict[str, Any], ...] = ()
 
     @property
     def worst(self) -> LayerRecord:
@@ -96,5 +98,7 @@ class Report:
             },
             "layers": [record.to_dict() for record in self.layers],
             "notes": [asdict(note) for note in self.notes],
+            "folds": list(self.folds),
+            "folded": sorted({name for fold in self.folds for name in (*fold["tensors"], *fold["layers"])}),
             "tensors": self.tensor_digests,
         }

@@ -44,11 +44,22 @@ class Recipe:
 class Skeleton:
     """A causal language model on the meta device.
 
-    model: the transformers model. blocks: its decoder blocks in order. block_names: their full names.
+    model: the transformers model. blocks: its decoder blocks in order. block_names: their full names. device: where
+    weights go as they are materialized.
+
+    Raises:
+        CheckpointError: the files lack weights of some block.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, reader: TensorReader) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        reader: TensorReader,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.model = model
+        self.device = torch.device(device)
         self._checkpoint = checkpoint
         self._reader = reader
         prefix, self.blocks = find_blocks(model)
@@ -61,6 +72,22 @@ class Skeleton:
         for target, recipe in self._recipes.items():
             owner = numbers.get(".".join(target.split(".")[: prefix.count(".") + 2]))
             self._owners.setdefault(owner, {})[target] = recipe
+        self._require_weights()
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(self.device)
+
+    def _require_weights(self) -> None:
+        """Find out before any work whether the files have something for every parameter of every block."""
+        missing = [
+            f"{prefix}.{name}"
+            for prefix, block in zip(self.block_names, self.blocks, strict=True)
+            for name, _ in block.named_parameters()
+            if f"{prefix}.{name}" not in self._recipes
+        ]
+        if missing:
+            raise _missing(missing)
 
     @property
     def decoder(self) -> nn.Module:
@@ -94,7 +121,12 @@ class Skeleton:
     def hidden_bytes(self) -> int:
         """Bytes of one token's hidden states."""
         config = cast(Any, self.model).config.get_text_config()
-        return int(config.hidden_size) * next(self.model.parameters()).element_size()
+        return int(config.hidden_size) * self.element_size
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one number in the forward."""
+        return next(self.model.parameters()).element_size()
 
     @property
     def vocabulary(self) -> int:
@@ -111,7 +143,7 @@ class Skeleton:
         decoder = self.decoder
         decoder.forward = lambda *args, **kwargs: output_type(last_hidden_state=hidden)
         try:
-            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64)
+            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=self.device)
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
             return logits
         finally:
@@ -161,6 +193,11 @@ class Skeleton:
                     found[converted.removeprefix(prefix)] = parts
         return found
 
+    def tensor_of(self, index: int, parameter: str) -> str | None:
+        """The tensor of the files that a block's parameter is, unchanged; None if it is made of others."""
+        recipe = self._owners.get(index, {}).get(f"{self.block_names[index]}.{parameter}")
+        return None if recipe is None or recipe.converter is not None else recipe.sources[-1][0]
+
     def _traced(self, target: str, recipe: Recipe) -> dict[str, list[Part]]:
         """Find where tensors end up by converting stand-ins of one column that hold their tensor's number."""
         names = [name for name, _ in recipe.sources]
@@ -193,10 +230,10 @@ class Skeleton:
                     f"{name} has shape {list(value.shape)} in the files; the model's config says {list(old.shape)}."
                 )
             dtype = torch.float32 if any(part in name for part in self._keep_fp32) else old.dtype
-            module._parameters[key] = nn.Parameter(value.to(dtype), requires_grad=False)
+            module._parameters[key] = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
         elif key in module._buffers:
             buffer = module._buffers[key]
-            module._buffers[key] = value if buffer is None else value.to(buffer.dtype)
+            module._buffers[key] = value.to(self.device, None if buffer is None else buffer.dtype)
 
 
 def _missing(names: list[str]) -> CheckpointError:

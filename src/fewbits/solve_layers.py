@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fewbits.fp32_products import fast_fp32
+from fewbits.kernels.rounding import rounded_values
 from fewbits.layers import LinearLayer
 from fewbits.layout import torch_dtype
+from fewbits.methods import QuantMethod
 from fewbits.notes import Note
-from fewbits.packing import seal
+from fewbits.packing import decode, seal
 from fewbits.plan import PlannedLayer
 from fewbits.report import LayerRecord, layer_record
+from fewbits.search import MINMAX, Search
 from fewbits.solvers import gptq
 from fewbits.solvers.rtn import quantize_rows
 from fewbits.statistics import Statistics
 from fewbits.tensors import QuantizedWeight
+from fewbits.transforms import TRANSFORMS
+from fewbits.transforms.problem import ScaleProblem
+from fewbits.transforms.ties import Ties
 
 # Fewer tokens than this many times the width leave H too loose to compensate errors with.
 TOKENS_PER_CHANNEL = 4
+# Narrow, since clipping further lowers the layer's error and raises the model's.
+CLIP_SEARCH = Search(steps=31, narrowest=0.8, power=2)
 
 
 @dataclass(frozen=True)
 class SolvedLayer:
-    """A layer's codes and its record."""
+    """A layer's codes and its record. input_scales: what its input is divided by, fp32 [in]; None if it is not."""
 
     weight: QuantizedWeight
     record: LayerRecord
+    input_scales: torch.Tensor | None = None
+
+    @property
+    def effective(self) -> torch.Tensor:
+        """What multiplies the input as it was before any scaling [out, in]."""
+        weight = self.weight.dequantize(torch.float32)
+        return weight if self.input_scales is None else weight / self.input_scales
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """That input channels may be scaled.
+
+    ties: which must share a scale. sample: some of the tokens. absorb: has scales taken up; returns what they became.
+    """
+
+    ties: Ties
+    sample: torch.Tensor
+    absorb: Callable[[torch.Tensor], torch.Tensor]
 
 
 def solve_group(
@@ -36,6 +64,7 @@ def solve_group(
     statistics: Statistics | None,
     planned: Mapping[str, PlannedLayer],
     notes: list[Note],
+    scaling: Scaling | None = None,
 ) -> dict[str, SolvedLayer]:
     """Solve layers that share an input, by name. Those of one method are stacked: rows are independent given H.
 
@@ -44,28 +73,95 @@ def solve_group(
         statistics: what was seen of their input; None if nothing was.
         planned: by name.
         notes: where fallbacks are noted.
+        scaling: only where all layers have the same method, one with a transform.
     """
     solved: dict[str, SolvedLayer] = {}
     stacks: dict[object, list[int]] = {}
     for index, layer in enumerate(layers):
         method = planned[layer.name].method
         assert method is not None
-        if method.solver_name == "gptq" and statistics is not None:
+        if method.needs_calibration and statistics is not None:
             stacks.setdefault((method, planned[layer.name].scale_dtype), []).append(index)
         else:
             solved[layer.name] = _rounded(planned[layer.name], weights[index])
+    s = None
+    if scaling is not None and statistics is not None:
+        s = scaling.absorb(_found_scales(planned[layers[0].name], weights, statistics, scaling))
     for members in stacks.values():
         assert statistics is not None
-        solved |= _solved_together(
-            [layers[i] for i in members], [weights[i] for i in members], statistics, planned, notes
-        )
+        stack = [layers[i] for i in members], [weights[i] for i in members]
+        solve = _solved_together if _method(planned, stack[0]).solver_name == "gptq" else _rounded_together
+        solved |= solve(*stack, statistics, planned, notes, s)
     return solved
+
+
+def _method(planned: Mapping[str, PlannedLayer], layers: Sequence[LinearLayer]) -> QuantMethod:
+    method = planned[layers[0].name].method
+    assert method is not None
+    return method
+
+
+def _found_scales(
+    planned: PlannedLayer, weights: Sequence[torch.Tensor], statistics: Statistics, scaling: Scaling
+) -> torch.Tensor:
+    method, scale_dtype = planned.method, torch_dtype(planned.scale_dtype)
+    assert method is not None and method.transform is not None
+
+    def rounding(search: Search) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        def rounded(rows: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+            shares = None if search.steps == 1 else importance
+            return rounded_values(rows, method.scheme, scale_dtype, search, shares)
+
+        return rounded
+
+    stacked = torch.cat([weight.float() for weight in weights])
+    problem = ScaleProblem(
+        stacked, statistics, scaling.ties, scaling.sample, method, rounding(MINMAX), rounding(CLIP_SEARCH)
+    )
+    return TRANSFORMS[method.transform](problem)
 
 
 def _rounded(planned: PlannedLayer, weight: torch.Tensor) -> SolvedLayer:
     assert planned.method is not None
-    tile = quantize_rows(weight, planned.method, torch_dtype(planned.scale_dtype))
+    tile = quantize_rows(weight, planned.method, scale_dtype=torch_dtype(planned.scale_dtype))
     return SolvedLayer(tile.weight, layer_record(planned, tile.squared_error, tile.squared_norm))
+
+
+def _rounded_together(
+    layers: Sequence[LinearLayer],
+    weights: Sequence[torch.Tensor],
+    statistics: Statistics,
+    planned: Mapping[str, PlannedLayer],
+    notes: list[Note],
+    s: torch.Tensor | None,
+) -> dict[str, SolvedLayer]:
+    """Round each on its own, its scales searched for the inputs that were seen."""
+    importance = statistics.gram.diagonal()
+    solved = {}
+    for layer, weight in zip(layers, weights, strict=True):
+        wide = weight.float()
+        scaled, shares = (wide, importance) if s is None else (wide * s, importance / s.square())
+        tile = quantize_rows(
+            scaled,
+            _method(planned, [layer]),
+            search=CLIP_SEARCH,
+            scale_dtype=torch_dtype(planned[layer.name].scale_dtype),
+            importance=shares,
+        )
+        missed = wide - (decode(tile.weight) if s is None else decode(tile.weight) / s)
+        norm = _output_square(wide, statistics.gram)
+        record = layer_record(
+            planned[layer.name], missed.square().sum(1).sum(dtype=torch.float64).item(),
+            wide.square().sum(1).sum(dtype=torch.float64).item(),
+            _output_square(missed, statistics.gram) / norm if norm > 0 else 0.0,
+        )  # fmt: skip
+        solved[layer.name] = SolvedLayer(tile.weight, record, s)
+    return solved
+
+
+def _output_square(rows: torch.Tensor, H: torch.Tensor) -> float:
+    with fast_fp32():
+        return float(((rows @ H) * rows).sum(1).sum(dtype=torch.float64))
 
 
 def _solved_together(
@@ -74,6 +170,7 @@ def _solved_together(
     statistics: Statistics,
     planned: Mapping[str, PlannedLayer],
     notes: list[Note],
+    s: torch.Tensor | None,
 ) -> dict[str, SolvedLayer]:
     first = planned[layers[0].name]
     method = first.method
@@ -82,7 +179,12 @@ def _solved_together(
         what = f"solved on {statistics.tokens} tokens for {first.shape[1]} inputs"
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
     stacked = torch.cat([weight.float() for weight in weights])
-    solution = gptq.solve(stacked, method.scheme, torch_dtype(first.scale_dtype), statistics.gram)
+    H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
+    solution = (
+        gptq.solve(stacked, method.scheme, scale_dtype, H)
+        if s is None
+        else gptq.solve(stacked * s, method.scheme, scale_dtype, H / s / s[:, None])
+    )
     notes += [Note(layers[0].name, what, why) for what, why in solution.notes]
     solved = {}
     start = 0
@@ -94,11 +196,14 @@ def _solved_together(
         if solution.output_error is not None and solution.output_norm is not None:
             norm = solution.output_norm[rows].sum().item()
             output_error = solution.output_error[rows].sum().item() / norm if norm > 0 else 0.0
-        record = layer_record(
-            planned[layer.name],
+        squared_error, squared_norm = (
             solution.squared_error[rows].sum().item(),
             solution.squared_norm[rows].sum().item(),
-            output_error,
         )
-        solved[layer.name] = SolvedLayer(seal(solution.codes[rows], solution.scales[rows], zeros, method), record)
+        if s is not None:
+            wide = stacked[rows]
+            squared_error = (wide - solution.decoded[rows] / s).square().sum(1).sum(dtype=torch.float64).item()
+            squared_norm = wide.square().sum(1).sum(dtype=torch.float64).item()
+        record = layer_record(planned[layer.name], squared_error, squared_norm, output_error)
+        solved[layer.name] = SolvedLayer(seal(solution.codes[rows], solution.scales[rows], zeros, method), record, s)
     return solved

@@ -35,6 +35,11 @@ class Statistics:
     tokens: int
     effective_tokens: float
 
+    def to(self, device: torch.device | str) -> Statistics:
+        """The same on another device."""
+        gram, absmax, absmean = (tensor.to(device) for tensor in (self.gram, self.absmax, self.absmean))
+        return Statistics(gram, absmax, absmean, self.tokens, self.effective_tokens)
+
 
 class StatisticsAccumulator:
     """Adds up the Statistics of one input, a few rows at a time, always in the same order of operations."""

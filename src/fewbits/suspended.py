@@ -7,14 +7,15 @@ so nothing in the model needs to know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from fewbits.block_inputs import BlockInputs
 from fewbits.errors import CalibrationError, MissingDependencyError
 from fewbits.skeleton import EXTRA_HINT, Skeleton
 
@@ -31,8 +32,8 @@ class MicroBatch:
     """Some consecutive samples and where their forward stands.
 
     waiting: what it is suspended at; None before the start and after the end. arguments: those of the block it waits
-    for. output: what the last block returned. result: the decoder's last hidden states, once it ended, and what it
-    returned them in.
+    for. output: what the last block returned. ready: what the block it waits for is to return without being run.
+    result: the decoder's last hidden states, once it ended, and what it returned them in.
     """
 
     index: int
@@ -42,6 +43,7 @@ class MicroBatch:
     waiting: object = None
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     output: Any = None
+    ready: Any = None
     result: torch.Tensor | None = None
     result_type: type = tuple
 
@@ -62,22 +64,24 @@ class SuspendedForward:
     """The forwards of all micro-batches through one decoder.
 
     ids: [samples, length]. micro_batch: samples in one. skip: blocks that are not run, because `outputs` holds what the
-    last of them returned, one tensor a micro-batch, with `structure` telling in what form.
+    last of them returned, one tensor a micro-batch, with `structure` telling in what form. stash: where hidden states
+    in front of blocks are put away, so that forwards hold stand-ins without memory.
     """
 
     skeleton: Skeleton
     ids: torch.Tensor
     micro_batch: int
     skip: int = 0
-    outputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: Sequence[torch.Tensor] = ()
     structure: str = "tensor"
+    stash: BlockInputs | None = None
     after_last_block: Callable[[MicroBatch, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         length = self.ids.shape[1]
         self.micro_batches = [
             MicroBatch(index, ids, index * self.micro_batch * length)
-            for index, ids in enumerate(torch.split(self.ids, self.micro_batch))
+            for index, ids in enumerate(torch.split(self.ids.to(self.skeleton.device), self.micro_batch))
         ]
         self._forwards: list[Callable[..., Any]] = []
         self._running: MicroBatch | None = None
@@ -127,8 +131,31 @@ class SuspendedForward:
     def run_alone(self, block: int, micro_batch: MicroBatch) -> Any:
         """Run just the block on what the micro-batch waits with, leaving the micro-batch where it is."""
         args, kwargs = micro_batch.arguments
+        if self.stash is not None:
+            hidden = self.stash.look(block, micro_batch.index).to(self.skeleton.device)
+            args, kwargs = _with_first_tensor(args, kwargs, hidden)
         with self.as_running(micro_batch):
             return self._forwards[block](*args, **kwargs)
+
+    def finish_block(self, block: int, micro_batch: MicroBatch, output: Any) -> None:
+        """Put away what the block returned, and have it returned as the micro-batch goes on."""
+        assert self.stash is not None
+        self._check_finite(block, output)
+        hidden, structure = hidden_of(output), structure_of(output)
+        if structure is None:
+            raise CalibrationError(
+                f"{self.skeleton.block_names[block]} returns more than its hidden states, which cannot be put away.",
+                "give a larger --memory, or none",
+            )
+        self.stash.drop(block, micro_batch.index)
+        self.stash.keep(block + 1, micro_batch.index, hidden)
+        stand_in = _stand_in(hidden)
+        self.structure = structure
+        micro_batch.output = micro_batch.ready = _returned(stand_in, structure)
+
+    def hidden_behind(self, block: int, micro_batch: MicroBatch) -> torch.Tensor:
+        """The hidden states that the block just run has returned."""
+        return hidden_of(micro_batch.output) if self.stash is None else self.stash.look(block + 1, micro_batch.index)
 
     @contextmanager
     def as_running(self, micro_batch: MicroBatch) -> Iterator[None]:
@@ -155,7 +182,8 @@ class SuspendedForward:
 
     def _forward(self, micro_batch: MicroBatch) -> None:
         result = self.skeleton.decoder(input_ids=micro_batch.ids, use_cache=False)
-        micro_batch.result, micro_batch.result_type = result[0], type(result)
+        if self.after_last_block is not None:
+            micro_batch.result, micro_batch.result_type = result[0], type(result)
 
     def _wrapped(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -163,10 +191,15 @@ class SuspendedForward:
             if number < self.skip:
                 hidden = _first_tensor((*args, *kwargs.values()))
                 if number == self.skip - 1:
-                    hidden = self.outputs[micro_batch.index]
-                return hidden if self.structure == "tensor" else (hidden, *[None] * (int(self.structure) - 1))
+                    hidden = self.outputs[micro_batch.index].to(self.skeleton.device)
+                return _returned(hidden, self.structure)
+            if self.stash is not None:
+                args, kwargs = self._put_away(number, micro_batch, args, kwargs)
             micro_batch.arguments = args, kwargs
             self.suspend(BlockEntry(number))
+            if micro_batch.ready is not None:
+                ready, micro_batch.ready = micro_batch.ready, None
+                return ready
             args, kwargs = micro_batch.arguments
             micro_batch.arguments, micro_batch.output = ((), {}), None
             output = forward(*args, **kwargs)
@@ -177,6 +210,22 @@ class SuspendedForward:
             return output
 
         return wrapped
+
+    def _put_away(
+        self, number: int, micro_batch: MicroBatch, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with a stand-in for the hidden states, which are put away unless the block before did."""
+        assert self.stash is not None
+        hidden = _first_tensor((*args, *kwargs.values()))
+        if micro_batch.output is None:
+            self.stash.keep(number, micro_batch.index, hidden)
+            return _with_first_tensor(args, kwargs, _stand_in(hidden))
+        if hidden is not hidden_of(micro_batch.output):
+            raise CalibrationError(
+                f"{type(self.skeleton.model).__name__} computes between its blocks, whose states cannot be put away.",
+                "give a larger --memory, or none",
+            )
+        return args, kwargs
 
     def _check_finite(self, number: int, output: Any) -> None:
         if torch.isfinite(hidden_of(output)).all():
@@ -209,6 +258,26 @@ def structure_of(output: Any) -> str | None:
     if isinstance(output, tuple) and isinstance(output[0], torch.Tensor) and all(item is None for item in output[1:]):
         return str(len(output))
     return None
+
+
+def _returned(hidden: torch.Tensor, structure: str) -> Any:
+    return hidden if structure == "tensor" else (hidden, *[None] * (int(structure) - 1))
+
+
+def _stand_in(hidden: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape that takes no memory."""
+    return torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
+
+
+def _with_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with other hidden states."""
+    for place, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            return (*args[:place], hidden, *args[place + 1 :]), kwargs
+    first = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+    return args, kwargs | {first: hidden}
 
 
 def _first_tensor(values: tuple[Any, ...] | list[Any]) -> torch.Tensor:

@@ -20,6 +20,7 @@ GroupSize = Annotated[
 ]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Zero points, for gptq.")]
 Alpha = Annotated[str | None, typer.Option("--alpha", metavar="α", help="0 to 1, or 'auto', for smoothquant.")]
+Solver = Annotated[str | None, typer.Option("--solver", metavar="NAME", help="rtn (default) or gptq, for awq.")]
 WeightOnly = Annotated[bool, typer.Option("--weight-only", help="Leave activations alone, for int8 and fp8.")]
 Recipe = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="A recipe: methods by layer, in TOML or JSON.")
@@ -30,6 +31,7 @@ OPTION_OF = {
     "group_size": "--group-size",
     "symmetric": "--asymmetric",
     "alpha": "--alpha",
+    "solver": "--solver",
     "activations": "--weight-only",
 }
 Format = Annotated[
@@ -48,6 +50,7 @@ def quant_config(
     group_size: str | None = None,
     asymmetric: bool = False,
     alpha: str | None = None,
+    solver: str | None = None,
     weight_only: bool = False,
 ) -> QuantConfig:
     """The configuration that the options add up to; a recipe and method options exclude each other."""
@@ -60,6 +63,8 @@ def quant_config(
         options["symmetric"] = False
     if alpha is not None:
         options["alpha"] = _number_or_word("--alpha", alpha, "auto", float)
+    if solver is not None:
+        options["solver"] = solver
     if weight_only:
         options["activations"] = None
     if recipe is not None:

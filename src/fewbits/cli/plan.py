@@ -17,6 +17,7 @@ from fewbits.cli.options import (
     Method,
     Model,
     Recipe,
+    Solver,
     WeightOnly,
     quant_config,
 )
@@ -36,6 +37,7 @@ def plan(
     group_size: GroupSize = None,
     asymmetric: Asymmetric = False,
     alpha: Alpha = None,
+    solver: Solver = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
     format: Format = DEFAULT_FORMAT,
@@ -48,7 +50,14 @@ def plan(
     from fewbits.plan import plan as make_plan
 
     chosen = quant_config(
-        method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
+        method,
+        config,
+        bits=bits,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        alpha=alpha,
+        solver=solver,
+        weight_only=weight_only,
     )
     planned = make_plan(model, chosen, format=format)
     if as_json:

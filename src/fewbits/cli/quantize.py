@@ -20,6 +20,7 @@ from fewbits.cli.options import (
     Model,
     Quiet,
     Recipe,
+    Solver,
     WeightOnly,
     quant_config,
 )
@@ -49,6 +50,7 @@ def quantize(
     group_size: GroupSize = None,
     asymmetric: Asymmetric = False,
     alpha: Alpha = None,
+    solver: Solver = None,
     weight_only: WeightOnly = False,
     config: Recipe = None,
     format: Format = DEFAULT_FORMAT,
@@ -74,7 +76,14 @@ def quantize(
     from fewbits.quantize import quantize as run
 
     chosen = quant_config(
-        method, config, bits=bits, group_size=group_size, asymmetric=asymmetric, alpha=alpha, weight_only=weight_only
+        method,
+        config,
+        bits=bits,
+        group_size=group_size,
+        asymmetric=asymmetric,
+        alpha=alpha,
+        solver=solver,
+        weight_only=weight_only,
     )
     try:
         report = run(
@@ -119,6 +128,7 @@ def show(report: Report) -> None:
         f"{report.plan.effective_bits:.2f} bits per quantized weight) in {seconds_text(report.elapsed_s)}, "
         f"peak memory {bytes_text(report.peak_memory_bytes)}{resumed}",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -34,7 +34,7 @@ HAS_BF16 = bool(_features.get("avx512bf16"))
 HAS_VNNI = bool(_features.get("avx512vnni"))
 
 
-class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc,name-defined]
+class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
     """bf16, which llvmlite does not have."""
 
     null = "0.0"

@@ -38,7 +38,7 @@ def prepare(runs: Runs, key: tuple[int, torch.dtype], weight: LinearWeight, bias
     kernel = choose(spec)
     named = (-1, kernel.name)
     # Several numbers of tokens share what one kernel prepared.
-    shared: dict[Any, Run] = runs  # type: ignore[assignment]
+    shared: dict[Any, Run] = runs
     if named not in shared:
         shared[named] = kernel.prepare(weight, bias)
     runs[key] = shared[named]

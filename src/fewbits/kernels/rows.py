@@ -102,7 +102,7 @@ def _portable(
     from fewbits.kernels.rounding import round_rows
 
     weight = torch.from_numpy(content).view(torch_dtype(dtype)).view(-1, columns)
-    rounded = round_rows(weight, scheme, search, torch_dtype(scale_dtype), compiled=False)
+    rounded = round_rows(weight, scheme, search, scale_dtype=torch_dtype(scale_dtype), compiled=False)
     found = _bytes(rounded.codes)
     codes[:, : found.shape[1]] = found
     codes[:, found.shape[1] :] = 0

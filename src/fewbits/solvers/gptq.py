@@ -3,7 +3,8 @@
 Source: Frantar et al. 2022, arXiv 2210.17323, algorithm 1.
 W [N, K] fp32 · H [K, K] = Σ wₜ xₜ xₜᵀ · U upper Cholesky factor of H⁻¹ · s, z scale and zero point of a group
 Differs from the paper: channels are ordered within groups and groups by their largest, so that files need no index;
-scales are searched on the weights as compensated when their group's turn comes, weighted by diag(H).
+a group's scale is searched when its turn comes, on the weights as compensated, by sweeping the group with every
+candidate; and after the sweep each code is chosen once more, given all others (coordinate descent on the same loss).
 Needs: Gram. Cost: O(N · K²).
 """
 
@@ -14,22 +15,26 @@ from dataclasses import dataclass
 import torch
 
 from fewbits.fp32_products import fast_fp32
+from fewbits.kernels.gptq_descent import descend_block
 from fewbits.kernels.gptq_sweep import sweep_block
 from fewbits.kernels.rounding import search_grid
-from fewbits.numerics import Search
+from fewbits.numerics import Search, candidate_grids
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
 from fewbits.solvers.factorization import DAMPING, inverse_factor
 from fewbits.solvers.solution import Solution
 
-# Columns swept at a time where a scale spans the whole row.
+# Columns swept at a time where a scale spans the whole row, and at least so many in a block of the descent.
 BLOCK = 128
 # Columns of H multiplied at a time where its symmetry saves half.
 PANEL = 512
 # Rows compared with plain rounding; only if one of them came out worse, all are.
 SAMPLED_ROWS = 64
 
+# Of scales that are fixed beforehand, by rounding errors weighted with diag(H).
 DEFAULT_SEARCH = Search(steps=31, narrowest=0.8, power=2)
+# Of scales that are tried by sweeping: each candidate costs a sweep of its group.
+SWEPT_SEARCH = Search(steps=11, narrowest=0.8)
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,15 @@ class GptqOptions:
     """What may be varied; docs/methods/gptq.md has each choice measured.
 
     ordered: channels by diag(H) within a group, groups by their largest. refit: scales from compensated weights.
-    search: factors of the range that are tried. damping: share of the mean diagonal.
+    search: factors of the range that are tried by rounding. swept: those tried by sweeping the group; None to take
+    the best by rounding. passes: of coordinate descent. damping: share of the mean diagonal.
     """
 
     ordered: bool = True
     refit: bool = True
     search: Search = DEFAULT_SEARCH
+    swept: Search | None = SWEPT_SEARCH
+    passes: int = 3
     damping: float = DAMPING
 
 
@@ -67,16 +75,21 @@ def solve(
     living.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
     diagonal = living.diagonal()
     order = _order(diagonal, scheme.group_size or K) if options.ordered else torch.arange(K)
-    factor = inverse_factor(living[order][:, order], options.damping)
+    turned = living[order][:, order].contiguous()
+    factor = inverse_factor(turned, options.damping)
     if factor is None:
         rounded = _rounded(W, scheme, scale_dtype, options.search, diagonal)
         return _solution(W, rounded, scheme, H, (("rounded plainly", "its statistic cannot be factored"),))
     notes = () if factor.trouble is None else (("solved with a doctored statistic", factor.trouble),)
-    solved, swept_error = _sweep(W, factor.U, order, diagonal, scheme, scale_dtype, options)
+    solved, loss = _sweep(W, factor.U, order, diagonal, scheme, scale_dtype, options)
+    # A doctored factor belongs to another H than this, by which steps could go astray.
+    if factor.trouble is None:
+        turned.diagonal().add_(factor.damping)
+        loss -= _descend(W, solved, turned, order, scheme, options.passes)
     if _restore_worse_rows(W, solved, scheme, options.search, H) or factor.trouble is not None:
         return _solution(W, solved, scheme, H, notes)
     # The sweep's own loss is that by the damped H.
-    return _solution(W, solved, scheme, H, notes, (swept_error, diagonal - H.diagonal() + factor.damping))
+    return _solution(W, solved, scheme, H, notes, (loss, diagonal - H.diagonal() + factor.damping))
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
@@ -117,21 +130,62 @@ def _sweep(
         if fixed is None:
             columns = remaining[start:stop].T.contiguous()
             span = Scheme(scheme.kind, scheme.bits, scheme.symmetric, stop - start)
-            grid = search_grid(columns, span, scale_dtype, options.search, importance[start:stop])
-            scale, zero = grid[0][:, 0], grid[1][:, 0]
+            tried = _grids(columns, span, scale_dtype, options, importance[start:stop])
         else:
-            scale, zero = fixed[0][:, number], fixed[1][:, number]
-        scales[:, number], zeros[:, number] = scale, zero
-        codes[start:stop], errors = sweep_block(
-            remaining[start:stop], U[start:stop, start:stop].contiguous(), scale.float(), zero.float(),
+            tried = fixed[0][:, number][None], fixed[1][:, number][None]
+        codes[start:stop], errors, chosen, losses = sweep_block(
+            remaining[start:stop], U[start:stop, start:stop].contiguous(), tried[0].float(), tried[1].float(),
             scheme.largest_code,
         )  # fmt: skip
-        loss += errors.square().sum(0)
+        scales[:, number], zeros[:, number] = (part.gather(0, chosen.long()[None])[0] for part in tried)
+        loss += losses
         with fast_fp32():
             remaining[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return (restored.T.contiguous(), scales, None if scheme.symmetric else zeros), loss
+
+
+def _grids(
+    columns: torch.Tensor, span: Scheme, scale_dtype: torch.dtype, options: GptqOptions, importance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points to sweep one group [N, g] with: [grids, N] each."""
+    if options.swept is None:
+        grid = search_grid(columns, span, scale_dtype, options.search, importance)
+        return grid[0].T, grid[1].T
+    grids = list(candidate_grids(columns, span, scale_dtype, options.swept))
+    return torch.stack([grid[0] for grid in grids]), torch.stack([grid[1] for grid in grids]).to(torch.uint8)
+
+
+def _descend(
+    W: torch.Tensor, solved: Grid, H: torch.Tensor, order: torch.Tensor, scheme: Scheme, passes: int
+) -> torch.Tensor:
+    """Choose each code anew, in place, given all others; says by how much each row's loss by H fell, fp64 [N].
+
+    Args:
+        H: damped, its channels in `order`.
+    """
+    N, K = W.shape
+    gained = torch.zeros(N, dtype=torch.float64)
+    if passes == 0:
+        return gained
+    codes = solved[0].T[order].contiguous()
+    misses = (W - decode_codes(*solved, scheme)).T[order].contiguous()
+    group = scheme.group_size or K
+    numbers = order[::group] // group
+    scales = solved[1].float().T[numbers].contiguous()
+    step = max(1, BLOCK // group) * group if scheme.group_size else BLOCK
+    for _ in range(passes):
+        for start in range(0, K, step):
+            block = slice(start, start + step)
+            with fast_fp32():
+                gradient = H[block] @ misses
+            spans = slice(start // group, max(start // group + 1, (start + step) // group))
+            gained += descend_block(
+                gradient, H[block, block].contiguous(), scales[spans], scheme.largest_code, codes[block], misses[block]
+            )
+    solved[0].T[order] = codes
+    return gained
 
 
 def _rounded(

@@ -9,7 +9,7 @@ import torch
 from fewbits.kernels.rounding import round_rows
 from fewbits.methods import QuantMethod
 from fewbits.packing import seal_packed
-from fewbits.search import DATA_FREE_SEARCH
+from fewbits.search import DATA_FREE_SEARCH, Search
 from fewbits.tensors import QuantizedWeight
 
 
@@ -23,8 +23,20 @@ class QuantizedTile:
     nonfinite: bool
 
 
-def quantize_rows(weight: torch.Tensor, method: QuantMethod, scale_dtype: torch.dtype | None = None) -> QuantizedTile:
-    """Round rows of a weight [R, K] by `method`'s scheme; scales are kept in the weight's dtype by default."""
-    rounded = round_rows(weight, method.scheme, DATA_FREE_SEARCH, scale_dtype)
+def quantize_rows(
+    weight: torch.Tensor,
+    method: QuantMethod,
+    *,
+    search: Search = DATA_FREE_SEARCH,
+    scale_dtype: torch.dtype | None = None,
+    importance: torch.Tensor | None = None,
+) -> QuantizedTile:
+    """Round rows of a weight [R, K] by `method`'s scheme.
+
+    Args:
+        scale_dtype: what scales are stored in; the weight's dtype if None.
+        importance: fp32 [K], weight of each input's error; all alike if None.
+    """
+    rounded = round_rows(weight, method.scheme, search, scale_dtype=scale_dtype, importance=importance)
     sealed = seal_packed(rounded.codes, rounded.scales, rounded.zeros, (weight.shape[0], weight.shape[1]), method)
     return QuantizedTile(sealed, rounded.squared_error, rounded.squared_norm, rounded.nonfinite)
