@@ -147,10 +147,11 @@ class QuantLinear(nn.Module):
     def _operator(self, x: torch.Tensor) -> torch.Tensor:
         """The same as an operator that compiled graphs hold and gradients flow through."""
         scheme = self.scheme
-        return linear(
+        y: torch.Tensor = linear(
             x, self.codes, self.scales, self.zero_points, self.bias, self.in_features,
             scheme.kind, scheme.bits, scheme.symmetric, scheme.group_size, scheme.activations is not None,
         )  # fmt: skip
+        return y
 
     def _stored(self) -> LinearWeight:
         shape = (self.out_features, self.in_features)
