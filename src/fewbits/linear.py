@@ -112,6 +112,10 @@ class QuantLinear(nn.Module):
         for count in tokens:
             prepare(self._runs, (min(count, MANY_TOKENS), self.dtype), self._stored(), self.bias)
 
+    def forget_prepared(self) -> None:
+        """Let kernels prepare anew, after a buffer was replaced."""
+        self._prepared = None
+
     def kernels(self, tokens: Iterable[int] = SHOWN_TOKENS) -> dict[int, str]:
         """The kernel that each number of tokens runs on."""
         return {count: choose(self.spec(count)).name for count in tokens}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from fewbits.kernels.compiling import Array, as_numpy
 from fewbits.kernels.one_token_attention import Attention
 from fewbits.linear import QuantLinear
 from fewbits.skeleton import find_blocks
+from fewbits.stacked import stacked
 
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -41,6 +44,10 @@ class Norm:
     eps: np.float32
 
 
+# Outputs of linears that share an input, one array each.
+Products = Callable[[torch.Tensor], list[Array]]
+
+
 @dataclass
 class Block:
     """The parts of one decoder block."""
@@ -50,7 +57,10 @@ class Block:
     before_mlp: Norm
     after_mlp: Norm | None
     key_norm: Norm | None
-    linears: dict[str, nn.Module]
+    attended: Products
+    gated: Products
+    mixing: nn.Module
+    down: nn.Module
     gate: Any
     attention: Attention
     window: int | None
@@ -118,7 +128,8 @@ class TokenStep:
 
     def __init__(self, model: Any, capacity: int) -> None:
         self._model = model
-        prefix, blocks = find_blocks(model)
+        prefix, found = find_blocks(model)
+        blocks: list[Any] = list(found)
         self._decoder = model.get_submodule(prefix.rpartition(".")[0])
         self._final = _norm_of(self._decoder.norm)
         rotations: dict[Any, tuple[Array, Array]] = {}
@@ -151,12 +162,10 @@ class TokenStep:
             before_mlp=_norm_of(block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm),
             after_mlp=_norm_of(block.post_feedforward_layernorm) if gemma else None,
             key_norm=_norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            linears={
-                name: module
-                for owner in (attention, mlp)
-                for name, module in owner.named_children()
-                if name.endswith("_proj")
-            },
+            attended=_joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+            gated=_joined([mlp.gate_proj, mlp.up_proj]),
+            mixing=attention.o_proj,
+            down=mlp.down_proj,
             gate=_gate_of(mlp),
             attention=Attention(keys, values, weight, float(eps), attention.scaling, shared, scratch),
             window=getattr(attention, "sliding_window", None),
@@ -218,23 +227,38 @@ class TokenStep:
         _add(x, update, norm)
         hidden, position = as_numpy(self._hidden)[0], self.position
         one_token.normed(x, block.before_attention.weight, block.before_attention.eps, hidden)
-        q, k, v = (_product(block.linears[name], self._hidden) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = block.attended(self._hidden)
         cosines, sines = block.cosines[position], block.sines[position]
         weight, eps = _or_none(block.key_norm)
         one_token.remember(k, v, weight, eps, cosines, sines, block.keys, block.values, position)
         first = 0 if block.window is None else max(0, position + 1 - block.window)
         block.attention(q.ctypes.data, cosines, sines, first, position, self._mixed.data_ptr())
-        _add(x, _product(block.linears["o_proj"], self._mixed[:, : q.size]), block.after_attention)
+        _add(x, _product(block.mixing, self._mixed[:, : q.size]), block.after_attention)
         one_token.normed(x, block.before_mlp.weight, block.before_mlp.eps, hidden)
-        gate, up = (_product(block.linears[name], self._hidden) for name in ("gate_proj", "up_proj"))
+        gate, up = block.gated(self._hidden)
         gated = self._gated[:, : gate.size]
         block.gate(gate, up, as_numpy(gated)[0])
-        return _product(block.linears["down_proj"], gated)
+        return _product(block.down, gated)
 
 
 def _product(linear: nn.Module, x: torch.Tensor) -> Array:
     row: Array = as_numpy(linear.forward(x))[0]
     return row
+
+
+def _joined(linears: list[Any]) -> Products:
+    """One product where they are alike, else one each."""
+    one = stacked(linears, torch.bfloat16)
+    if one is None:
+        return lambda x: [_product(linear, x) for linear in linears]
+    edges = list(accumulate((linear.out_features for linear in linears), initial=0))
+    spans = [slice(start, stop) for start, stop in pairwise(edges)]
+
+    def split(x: torch.Tensor) -> list[Array]:
+        row = as_numpy(one(x))[0]
+        return [row[span] for span in spans]
+
+    return split
 
 
 def _add(x: Array, update: Array | None, norm: Norm | None) -> None:
