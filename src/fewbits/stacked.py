@@ -55,7 +55,7 @@ def _one_piece(linears: Sequence[Any], name: str) -> torch.Tensor | None:
         found: torch.Tensor = base
         return found
     whole = torch.cat(parts)
-    for linear, part in zip(linears, whole.split([len(part) for part in parts]), strict=True):
+    for linear, part in zip(linears, torch.split(whole, [len(part) for part in parts]), strict=True):
         setattr(linear, name, part)
         linear.forget_prepared()
     return whole
