@@ -222,6 +222,31 @@ def test_a_head_of_another_scheme_and_a_skipped_layer(source: Callable[..., Path
     assert_close(logits(model), logits(decoded_model(tmp_path)), 2.0**-6)
 
 
+def test_a_config_as_llm_compressor_writes_it_is_read(int4_llama: Path, tmp_path: Path) -> None:
+    for file in int4_llama.iterdir():
+        if file.name != "fewbits.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = {
+        "actorder": None, "block_structure": None, "dynamic": False, "group_size": 32, "num_bits": 4,
+        "observer": "minmax", "observer_kwargs": {}, "scale_dtype": None, "strategy": "group", "symmetric": False,
+        "type": "int", "zp_dtype": "torch.int8",
+    }  # fmt: skip
+    group = {
+        "format": "pack-quantized", "input_activations": None, "output_activations": None, "targets": ["Linear"],
+        "weights": weights,
+    }  # fmt: skip
+    config_says(
+        quantization_config={
+            "config_groups": {"group_0": group}, "format": "pack-quantized", "global_compression_ratio": None,
+            "ignore": ["lm_head"], "kv_cache_scheme": None, "quant_method": "compressed-tensors",
+            "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {}, "version": "0.13.0",
+        }
+    )(tmp_path)  # fmt: skip
+    model = fewbits.load(tmp_path)
+    assert isinstance(model.model.layers[1].mlp.down_proj, QuantLinear)
+    assert torch.equal(logits(model), logits(fewbits.load(int4_llama)))
+
+
 def config_says(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
