@@ -112,6 +112,10 @@ class QuantLinear(nn.Module):
         for count in tokens:
             prepare(self._runs, (min(count, MANY_TOKENS), self.dtype), self._stored(), self.bias)
 
+    def forget_prepared(self) -> None:
+        """Let kernels prepare anew, after a buffer was replaced."""
+        self._prepared = None
+
     def kernels(self, tokens: Iterable[int] = SHOWN_TOKENS) -> dict[int, str]:
         """The kernel that each number of tokens runs on."""
         return {count: choose(self.spec(count)).name for count in tokens}
@@ -142,17 +146,16 @@ class QuantLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         key = (min(rows.shape[0], MANY_TOKENS), x.dtype)
         run = self._runs.get(key) or prepare(self._runs, key, self._stored(), self.bias)
-        output: torch.Tensor = run(rows).view(*x.shape[:-1], self.out_features)
-        return output
+        return run(rows).view(*x.shape[:-1], self.out_features)
 
     def _operator(self, x: torch.Tensor) -> torch.Tensor:
         """The same as an operator that compiled graphs hold and gradients flow through."""
         scheme = self.scheme
-        output: torch.Tensor = linear(
+        y: torch.Tensor = linear(
             x, self.codes, self.scales, self.zero_points, self.bias, self.in_features,
             scheme.kind, scheme.bits, scheme.symmetric, scheme.group_size, scheme.activations is not None,
         )  # fmt: skip
-        return output
+        return y
 
     def _stored(self) -> LinearWeight:
         shape = (self.out_features, self.in_features)

@@ -159,9 +159,10 @@ class _Loading:
 
     def _check_names(self) -> None:
         """Every parameter has a source, and what has none here is said."""
-        tied = self.model.all_tied_weights_keys
-        made = set(self.recipes) | {target for target, source in tied.items() if source in self.recipes}
-        made |= {source for source, target in ((s, t) for t, s in tied.items()) if target in self.recipes}
+        # Of tied parameters the files need hold only one, whichever.
+        made = set(self.recipes)
+        for target, source in self.model.all_tied_weights_keys.items():
+            made |= {target, source} if made & {target, source} else set()
         given = {name for recipe in self.recipes.values() for name, _ in recipe.sources}
         foreign = [name for name in (*self.stored_modules, *self.plain) if name not in given]
         converted = {target.rpartition(".")[0] for target, recipe in self.recipes.items() if recipe.converter}
@@ -184,15 +185,16 @@ class _Loading:
 
     def _check_shapes(self) -> None:
         """Shapes of what is not stacked, and notes for what must be decoded."""
+        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         for target, recipe in self.recipes.items():
             source = recipe.sources[-1][0]
             module = self.stored_modules.get(source)
+            self._check_numbers(target, recipe)
             if recipe.converter is None:
                 found = self.checkpoint.tensors[source].shape if module is None else self.shapes[module]
-                expected = tuple(self.model.state_dict()[target].shape)
-                if tuple(found) != expected:
+                if tuple(found) != expected[target]:
                     raise CheckpointError(
-                        f"{source} has the shape {list(found)}; the model's config says {list(expected)}.",
+                        f"{source} has the shape {list(found)}; the model's config says {list(expected[target])}.",
                         "config.json and the weights belong to different models: fetch both anew",
                     )
             stacked = [name for name, _ in recipe.sources if name in self.stored_modules]
@@ -201,6 +203,16 @@ class _Loading:
                 if recipe.converter is None:
                     why = f"{type(self.model.get_submodule(target.rpartition('.')[0])).__name__} is no plain linear"
                 self.notes.append(Note(target, f"decoded to {self.dtype}".replace("torch.", ""), why))
+
+    def _check_numbers(self, target: str, recipe: Recipe) -> None:
+        """What is read as it is must be floats: codes without their scales would pass for weights."""
+        for name in (name for name, _ in recipe.sources if name not in self.stored_modules):
+            entry = self.checkpoint.tensors[name]
+            if target.endswith(".weight") and entry.dtype not in FLOAT_DTYPES and entry.dtype != "F64":
+                raise CheckpointError(
+                    f"{name} is {entry.dtype} {list(entry.shape)}, and no scales are stored beside it.",
+                    "the checkpoint is damaged, or quantized in a way that its config.json does not say",
+                )
 
     def _check_kernels(self) -> None:
         for target, module in self.linears.items():
@@ -284,15 +296,10 @@ class _Loading:
         _adopt_generation_config(model, self.checkpoint.path)
         model.load_notes = tuple(self.notes)
         if self.quantized:
-            schemes = {m: self.quantized[m].scheme for m in self.linears.values()}
+            stored_as = next(iter(self.quantized.values())).format
             whole = len(self.linears) == len(self.quantized)
-            keep_packed_when_saved(model, self.checkpoint.config["quantization_config"], _format(self.quantized), whole)
-            assert schemes or not whole
+            keep_packed_when_saved(model, self.checkpoint.config["quantization_config"], stored_as, whole)
         return model
-
-
-def _format(quantized: dict[str, StoredLayer]) -> str:
-    return next(iter(quantized.values())).format
 
 
 def _tie(model: Any) -> None:

@@ -47,4 +47,5 @@ def packed_state(model: Any, format_name: str) -> dict[str, torch.Tensor]:
                 state.pop(f"{path}.{key}", None)
             weight = module.quantized_weight()
             state |= FORMATS[format_name].encode(path, weight, weight.shape)
-    return state
+    # Rows of a stack share memory with their siblings, which a file cannot say.
+    return {name: value.clone() if value._base is not None else value for name, value in state.items()}

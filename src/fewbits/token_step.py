@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,10 @@ from torch import nn
 from fewbits.errors import CalibrationError
 from fewbits.kernels import one_token
 from fewbits.kernels.compiling import Array, as_numpy
+from fewbits.kernels.one_token_attention import Attention
 from fewbits.linear import QuantLinear
 from fewbits.skeleton import find_blocks
+from fewbits.stacked import stacked
 
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -40,6 +44,10 @@ class Norm:
     eps: np.float32
 
 
+# Outputs of linears that share an input, one array each.
+Products = Callable[[torch.Tensor], list[Array]]
+
+
 @dataclass
 class Block:
     """The parts of one decoder block."""
@@ -48,11 +56,13 @@ class Block:
     after_attention: Norm | None
     before_mlp: Norm
     after_mlp: Norm | None
-    query_norm: Norm | None
     key_norm: Norm | None
-    linears: dict[str, nn.Module]
+    attended: Products
+    gated: Products
+    mixing: nn.Module
+    down: nn.Module
     gate: Any
-    scaling: np.float32
+    attention: Attention
     window: int | None
     cosines: Array
     sines: Array
@@ -118,49 +128,51 @@ class TokenStep:
 
     def __init__(self, model: Any, capacity: int) -> None:
         self._model = model
-        prefix, blocks = find_blocks(model)
+        prefix, found = find_blocks(model)
+        blocks: list[Any] = list(found)
         self._decoder = model.get_submodule(prefix.rpartition(".")[0])
         self._final = _norm_of(self._decoder.norm)
         rotations: dict[Any, tuple[Array, Array]] = {}
-        self._blocks = [self._block(block, index, capacity, rotations) for index, block in enumerate(blocks)]
-        first = self._blocks[0]
-        width = first.before_attention.weight.size
-        heads = _out_features(first.linears["q_proj"])
-        inner = max(_out_features(block.linears["gate_proj"]) for block in self._blocks)
+        scratch = np.zeros(
+            (max(_heads(block) for block in blocks), capacity + blocks[0].self_attn.head_dim), np.float32
+        )
+        self._blocks = [self._block(block, capacity, rotations, scratch) for block in blocks]
+        width = self._blocks[0].before_attention.weight.size
+        heads = max(block.self_attn.q_proj.out_features for block in blocks)
+        inner = max(block.mlp.gate_proj.out_features for block in blocks)
         self._x = np.zeros(width, np.float32)
         self._hidden = torch.zeros(1, width, dtype=torch.bfloat16)
         self._mixed = torch.zeros(1, heads, dtype=torch.bfloat16)
         self._gated = torch.zeros(1, inner, dtype=torch.bfloat16)
-        self._scores = np.zeros(capacity + 2 * first.keys.shape[2], np.float32)
         self.position = 0
 
-    def _block(self, block: Any, index: int, capacity: int, rotations: dict[Any, tuple[Array, Array]]) -> Block:
+    def _block(self, block: Any, capacity: int, rotations: dict[Any, tuple[Array, Array]], scratch: Array) -> Block:
         attention, mlp = block.self_attn, block.mlp
         gemma = hasattr(block, "pre_feedforward_layernorm")
         kind = getattr(attention, "layer_type", None)
         if kind not in rotations:
             rotations[kind] = _rotation(self._decoder.rotary_emb, kind, capacity)
-        shape = (_out_features(attention.k_proj) // attention.head_dim, capacity, attention.head_dim)
+        kv_heads = attention.k_proj.out_features // attention.head_dim
+        keys, values = np.zeros((2, kv_heads, capacity, attention.head_dim), np.float32)
+        weight, eps = _or_none(_norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None)
+        shared = _heads(block) // kv_heads
         return Block(
             before_attention=_norm_of(block.input_layernorm),
             after_attention=_norm_of(block.post_attention_layernorm) if gemma else None,
             before_mlp=_norm_of(block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm),
             after_mlp=_norm_of(block.post_feedforward_layernorm) if gemma else None,
-            query_norm=_norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None,
             key_norm=_norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            linears={
-                name: module
-                for owner in (attention, mlp)
-                for name, module in owner.named_children()
-                if name.endswith("_proj")
-            },
+            attended=_joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+            gated=_joined([mlp.gate_proj, mlp.up_proj]),
+            mixing=attention.o_proj,
+            down=mlp.down_proj,
             gate=_gate_of(mlp),
-            scaling=np.float32(attention.scaling),
+            attention=Attention(keys, values, weight, float(eps), attention.scaling, shared, scratch),
             window=getattr(attention, "sliding_window", None),
             cosines=rotations[kind][0],
             sines=rotations[kind][1],
-            keys=np.zeros(shape, np.float32),
-            values=np.zeros(shape, np.float32),
+            keys=keys,
+            values=values,
         )
 
     def adopt(self, cache: Any, length: int) -> None:
@@ -215,27 +227,38 @@ class TokenStep:
         _add(x, update, norm)
         hidden, position = as_numpy(self._hidden)[0], self.position
         one_token.normed(x, block.before_attention.weight, block.before_attention.eps, hidden)
-        q, k, v = (_product(block.linears[name], self._hidden) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = block.attended(self._hidden)
         cosines, sines = block.cosines[position], block.sines[position]
         weight, eps = _or_none(block.key_norm)
         one_token.remember(k, v, weight, eps, cosines, sines, block.keys, block.values, position)
-        weight, eps = _or_none(block.query_norm)
         first = 0 if block.window is None else max(0, position + 1 - block.window)
-        one_token.attend(
-            q, weight, eps, cosines, sines, block.scaling, block.keys, block.values, first, position, self._scores,
-            as_numpy(self._mixed)[0],
-        )  # fmt: skip
-        _add(x, _product(block.linears["o_proj"], self._mixed), block.after_attention)
+        block.attention(q.ctypes.data, cosines, sines, first, position, self._mixed.data_ptr())
+        _add(x, _product(block.mixing, self._mixed[:, : q.size]), block.after_attention)
         one_token.normed(x, block.before_mlp.weight, block.before_mlp.eps, hidden)
-        gate, up = (_product(block.linears[name], self._hidden) for name in ("gate_proj", "up_proj"))
+        gate, up = block.gated(self._hidden)
         gated = self._gated[:, : gate.size]
         block.gate(gate, up, as_numpy(gated)[0])
-        return _product(block.linears["down_proj"], gated)
+        return _product(block.down, gated)
 
 
 def _product(linear: nn.Module, x: torch.Tensor) -> Array:
     row: Array = as_numpy(linear.forward(x))[0]
     return row
+
+
+def _joined(linears: list[Any]) -> Products:
+    """One product where they are alike, else one each."""
+    one = stacked(linears, torch.bfloat16)
+    if one is None:
+        return lambda x: [_product(linear, x) for linear in linears]
+    edges = list(accumulate((linear.out_features for linear in linears), initial=0))
+    spans = [slice(start, stop) for start, stop in pairwise(edges)]
+
+    def split(x: torch.Tensor) -> list[Array]:
+        row = as_numpy(one(x))[0]
+        return [row[span] for span in spans]
+
+    return split
 
 
 def _add(x: Array, update: Array | None, norm: Norm | None) -> None:
@@ -247,8 +270,8 @@ def _or_none(norm: Norm | None) -> tuple[Array, np.float32]:
     return (NONE, np.float32(0)) if norm is None else (norm.weight, norm.eps)
 
 
-def _out_features(linear: Any) -> int:
-    return int(linear.out_features)
+def _heads(block: Any) -> int:
+    return int(block.self_attn.q_proj.out_features) // int(block.self_attn.head_dim)
 
 
 def _norm_of(module: Any) -> Norm:

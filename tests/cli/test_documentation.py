@@ -16,7 +16,16 @@ REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # What the pages call the reader's own things; 64 and 128 divide no row of a tiny model.
 PLACES = {"MODEL": "model", "FILE": "text.txt", "text.txt": "text.txt"}
-SMALLER = {"--samples": "8", "--length": "64", "--windows": "1", "-g": "32", "--group-size": "32", "--max-tokens": "4"}
+SMALLER = {
+    "--samples": "8",
+    "--length": "64",
+    "--windows": "1",
+    "-g": "32",
+    "--group-size": "32",
+    "--max-tokens": "4",
+    "--prompt": "16",
+    "--tokens": "3",
+}
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -56,5 +65,5 @@ def test_the_commands_of_a_page_run(page: Path, cli: Cli, model: Path, tmp_path:
 
 def test_the_readme_names_every_command() -> None:
     readme = PAGES[0].read_text(encoding="utf-8")
-    for command in ("quantize", "plan", "inspect", "verify", "evaluate", "demo"):
+    for command in ("quantize", "plan", "inspect", "verify", "evaluate", "generate", "kernels", "demo"):
         assert f"fewbits {command}" in readme

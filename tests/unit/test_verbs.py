@@ -4,7 +4,7 @@ import subprocess
 import sys
 from itertools import permutations
 
-VERBS = ("plan", "quantize", "verify", "evaluate", "inspect")
+VERBS = ("plan", "quantize", "load", "verify", "evaluate", "inspect")
 STEPS = (
     "import fewbits.{verb}",
     "assert callable(fewbits.{verb})",

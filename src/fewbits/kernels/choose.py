@@ -5,13 +5,18 @@ from __future__ import annotations
 from functools import lru_cache
 
 from fewbits.errors import KernelError
+from fewbits.kernels.cuda import CudaFp8, CudaInt8
 from fewbits.kernels.few_tokens import FewTokens
 from fewbits.kernels.int8_dynamic import FloatInt8, Int8FewTokens, OneDnnInt8
 from fewbits.kernels.panels import Panels
 from fewbits.kernels.reference import Reference
 from fewbits.kernels.spec import Kernel, LinearSpec
+from fewbits.kernels.triton_int4 import TritonInt4
 
 KERNELS: tuple[Kernel, ...] = (
+    CudaFp8(),
+    CudaInt8(),
+    TritonInt4(),
     Int8FewTokens(),
     OneDnnInt8(),
     FewTokens(),

@@ -8,6 +8,8 @@ from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
 
 # Above these, decoding a panel and multiplying it as a matrix is faster; measured in bench/linear.py.
 MOST_TOKENS = 16
+# Inputs whose codes are decoded together.
+BLOCK = 128
 
 
 class FewTokens:
@@ -20,10 +22,9 @@ class FewTokens:
             return reason
         if spec.scheme.kind == "int" and spec.scheme.activations is not None:
             return "leaves activations unrounded"
-        if spec.in_features % 32:
-            return f"{spec.in_features} inputs are no multiple of 32"
-        if spec.scheme.group_size % 32:
-            return f"groups of {spec.scheme.group_size} are no multiple of 32"
+        size = spec.scheme.group_size
+        if size % BLOCK and size not in (8, 16, 32, 64):
+            return f"groups of {size}: decodes in blocks of {BLOCK}, which must hold 1, 2, 4, 8 or 16 groups or a part"
         if spec.tokens > MOST_TOKENS:
             return f"slower than panels above {MOST_TOKENS} tokens"
         return None

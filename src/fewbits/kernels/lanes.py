@@ -1,8 +1,12 @@
-"""Vectors for the multiplying kernels: 32 codes decoded at once to bf16, and their products with activations summed.
+"""Vectors for the multiplying kernels: 128 codes decoded at once to bf16, and their products with activations summed.
 
-Compilers don't find these instructions in loops over packed bits, so they are spelled out, as LLVM's portable vectors:
-bytes are shuffled so that each code lies in 16 bits of its own, shifted and masked. Only the sum of bf16 products names
-an instruction, where the processor has one; elsewhere it is written with fp32 multiply-adds.
+Compilers don't find these instructions in loops over packed bits, so they are spelled out, as LLVM's portable vectors.
+Only sums of products and one table of bytes name instructions, where the processor has them; elsewhere they are
+written out.
+
+A block of 128 codes becomes four vectors of 32. In vector j, code 4i + j lies at i: then a shift by j fields serves all
+32, and each of the 16 sums of products covers 8 neighbouring codes, so that groups of 8 to 64 codes are scaled by one
+vector. Activations are put in the same order beforehand (kernels.tokens).
 
 bf16 numbers 128 to 255 have a step of 1: `0x4300 | q` is 128 + q, so a code needs no conversion, and 128 · Σx is taken
 off the sum of its group.
@@ -10,6 +14,7 @@ off the sum of its group.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -18,20 +23,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-CODES = 32
+# Codes of a block, and of each of its vectors.
+BLOCK, CODES = 128, 32
 # What codes narrower than 8 bits are raised by, and the bf16 bits of it.
 RAISED = 128
 RAISED_BITS = 0x4300
-# float8 e4m3fn shifted into a half's bits is 2^-8 of its value.
-FP8_AS_HALF = 256.0
-FP8 = "fp8"
-INT8 = "int8"
+FP8, INT8 = "fp8", "int8"
+# How activations are ordered within a block: as they are; code 4i + j at 32j + i; or as bytes come out of the
+# processor's interleaving, eights of each sixteen apart.
+NATURAL, BY_FOURS, BY_EIGHTS = 0, 1, 2
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 _features = llvm.get_host_cpu_features()
 HAS_BF16 = bool(_features.get("avx512bf16"))
 HAS_VNNI = bool(_features.get("avx512vnni"))
+HAS_BYTE_TABLES = bool(_features.get("avx512vbmi"))
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -102,64 +109,187 @@ def _indices(values: Any) -> ir.Constant:
     return ir.Constant(ir.VectorType(_I32, len(indices)), indices)
 
 
-def _decode_fp8(builder: Any, address: Any) -> Any:
-    word = Bf16Lanes.vector
-    wide = builder.zext(_load(builder, address, ir.VectorType(_I8, CODES)), word)
-    magnitude = builder.and_(builder.shl(wide, _splat(word, 7)), _splat(word, 0x3F80))
-    sign = builder.and_(builder.shl(wide, _splat(word, 8)), _splat(word, 0x8000))
-    half = builder.bitcast(builder.or_(magnitude, sign), ir.VectorType(ir.HalfType(), CODES))
-    return _to_bf16(builder, builder.fpext(half, ir.VectorType(_F32, CODES)))
+class Decoder(types.Type):  # type: ignore[misc]
+    """How codes are stored and scaled: a type of no value, so that each way is compiled on its own.
 
-
-def _decode_int8(builder: Any, address: Any) -> Any:
-    wide = builder.sext(_load(builder, address, ir.VectorType(_I8, CODES)), ir.VectorType(_I32, CODES))
-    return _to_bf16(builder, builder.sitofp(wide, ir.VectorType(_F32, CODES)))
-
-
-def _decode_field(builder: Any, address: Any, bits: int) -> Any:
-    count = CODES * bits // 8
-    stored = _load(builder, address, ir.VectorType(_I8, count))
-    windows, shifts = [], []
-    for code in range(CODES):
-        byte, shift = divmod(code * bits, 8)
-        windows += [byte, byte + 1 if shift + bits > 8 else byte]
-        shifts.append(shift)
-    spread = builder.shuffle_vector(stored, stored, _indices(windows))
-    words = builder.bitcast(spread, Bf16Lanes.vector)
-    fields = builder.lshr(words, ir.Constant(Bf16Lanes.vector, shifts))
-    masked = builder.and_(fields, _splat(Bf16Lanes.vector, 2**bits - 1))
-    return builder.or_(masked, _splat(Bf16Lanes.vector, RAISED_BITS))
-
-
-def decoder(kind: str | int) -> Any:
-    """The intrinsic that decodes the 32 codes at an address to bf16.
-
-    Args:
-        kind: "fp8" (values · 2^-8), "int8" (values), or a width below 8 bits (128 + code).
+    kind: "fp8", "int8", or a width below 8 bits. lanes: sums that share one scale, 0 if the whole row does.
+    scales: "f32", "bf16" or "f16".
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def codes_at(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            if kind == FP8:
-                return _decode_fp8(builder, arguments[0])
-            if kind == INT8:
-                return _decode_int8(builder, arguments[0])
-            return _decode_field(builder, arguments[0], int(kind))
+    def __init__(self, text: str) -> None:
+        self.kind, lanes, self.scales = text.split(":")
+        self.lanes = int(lanes)
+        super().__init__(f"Decoder({text})")
 
-        return Bf16Lanes(types.int64), generate
 
-    return codes_at
+@register_model(Decoder)
+class _DecoderModel(models.OpaqueModel):  # type: ignore[misc]
+    pass
+
+
+def order_of(kind: str) -> int:
+    """The order of activations within a block that a kind of codes needs."""
+    if kind != FP8:
+        return BY_FOURS
+    return BY_EIGHTS if HAS_BYTE_TABLES else NATURAL
+
+
+def block_bytes(kind: str) -> int:
+    """Bytes of 128 codes."""
+    return BLOCK if kind in (FP8, INT8) else BLOCK // 8 * int(kind)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def decoder_of(typing_context: Any, text: Any) -> Any:
+    """The decoder that a constant "kind:lanes:scales" names."""
+    if not isinstance(text, types.Literal):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_dummy_value()
+
+    return Decoder(text.literal_value)(text), generate
+
+
+def _fp8_table() -> tuple[list[int], list[int]]:
+    """Low and high bytes of the bf16 value of each magnitude; the code of NaN counts as 480, so that 0 · it is 0."""
+    low, high = [], []
+    for code in range(128):
+        exponent, mantissa = divmod(code, 8)
+        value = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+        bits = struct.pack(">f", value)
+        high.append(bits[0])
+        low.append(bits[1])
+    return low, high
+
+
+def _decode_fp8_by_table(builder: Any, address: Any) -> list[Any]:
+    vectors = []
+    lane = ByteLanes.vector
+    tables = [[ir.Constant(lane, half[:64]), ir.Constant(lane, half[64:])] for half in _fp8_table()]
+    for offset in (0, 64):
+        stored = _load(builder, builder.add(address, ir.Constant(_I64, offset)), lane)
+        low, high = (
+            _call(builder, "llvm.x86.avx512.vpermi2var.qi.512", lane, [first, stored, second])
+            for first, second in tables
+        )
+        high = builder.or_(high, builder.and_(stored, _splat(lane, 0x80)))
+        for eight in (0, 8):
+            pairs = [at for l in range(4) for e in range(8) for at in (16 * l + eight + e, 64 + 16 * l + eight + e)]
+            vectors.append(builder.bitcast(builder.shuffle_vector(low, high, _indices(pairs)), Bf16Lanes.vector))
+    return vectors
+
+
+def _decode_fp8(builder: Any, address: Any) -> list[Any]:
+    word, vectors = Bf16Lanes.vector, []
+    for offset in range(0, BLOCK, CODES):
+        at = builder.add(address, ir.Constant(_I64, offset))
+        wide = builder.zext(_load(builder, at, ir.VectorType(_I8, CODES)), word)
+        magnitude = builder.and_(builder.shl(wide, _splat(word, 7)), _splat(word, 0x3F80))
+        sign = builder.and_(builder.shl(wide, _splat(word, 8)), _splat(word, 0x8000))
+        # In a half's bits, the value is 2^-8 of what it should be.
+        half = builder.bitcast(builder.or_(magnitude, sign), ir.VectorType(ir.HalfType(), CODES))
+        full = builder.fpext(half, ir.VectorType(_F32, CODES))
+        scaled = builder.fmul(full, ir.Constant(full.type, [256.0] * CODES))
+        vectors.append(_to_bf16(builder, scaled))
+    return vectors
+
+
+def _decode_int8(builder: Any, address: Any) -> list[Any]:
+    four = ir.VectorType(_I32, CODES)
+    stored = _load(builder, address, four)
+    vectors = []
+    for j in range(4):
+        code = builder.ashr(builder.shl(stored, _splat(four, 24 - 8 * j)), _splat(four, 24))
+        vectors.append(_to_bf16(builder, builder.sitofp(code, ir.VectorType(_F32, CODES))))
+    return vectors
+
+
+def _decode_fields(builder: Any, address: Any, bits: int) -> list[Any]:
+    word = Bf16Lanes.vector
+    stored = _load(builder, address, ir.VectorType(_I8, BLOCK // 8 * bits))
+    vectors = []
+    shared = None
+    for j in range(4):
+        # Up to 4 bits, one window of 16 bits holds all four codes of a lane.
+        firsts = [4 * i * bits + (0 if bits <= 4 else j * bits) for i in range(CODES)]
+        if bits > 4 or shared is None:
+            last = stored.type.count - 1
+            windows = [byte for first in firsts for byte in (first // 8, min(first // 8 + 1, last))]
+            shared = builder.bitcast(builder.shuffle_vector(stored, stored, _indices(windows)), word)
+        shifts = [first % 8 + (j * bits if bits <= 4 else 0) for first in firsts]
+        field = builder.lshr(shared, ir.Constant(word, shifts))
+        masked = builder.and_(field, _splat(word, 2**bits - 1))
+        vectors.append(builder.or_(masked, _splat(word, RAISED_BITS)))
+    return vectors
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def bf16_at(typing_context: Any, address: Any) -> Any:
-    """32 bf16 numbers at an address."""
+def codes_at(typing_context: Any, decoder: Any, address: Any) -> Any:
+    """A block of 128 codes as four vectors of bf16; codes below 8 bits as 128 + code."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _load(builder, arguments[0], Bf16Lanes.vector)
+        kind = signature.args[0].kind
+        if kind == FP8:
+            vectors = (_decode_fp8_by_table if HAS_BYTE_TABLES else _decode_fp8)(builder, arguments[1])
+        elif kind == INT8:
+            vectors = _decode_int8(builder, arguments[1])
+        else:
+            vectors = _decode_fields(builder, arguments[1], int(kind))
+        return context.make_tuple(builder, signature.return_type, vectors)
 
-    return Bf16Lanes(types.int64), generate
+    return types.UniTuple(Bf16Lanes, 4)(decoder, types.int64), generate
+
+
+def _scales(builder: Any, decoder: Decoder, address: Any) -> Any:
+    """One scale for each of 16 sums, from neighbours in memory."""
+    count = 16 // decoder.lanes
+    stored = {"f32": _F32, "bf16": _I16, "f16": ir.HalfType()}[decoder.scales]
+    loaded = _load(builder, address, ir.VectorType(stored, count))
+    wide = ir.VectorType(_F32, count)
+    if decoder.scales == "bf16":
+        words = ir.VectorType(_I32, count)
+        loaded = builder.bitcast(builder.shl(builder.zext(loaded, words), _splat(words, 16)), wide)
+    elif decoder.scales == "f16":
+        loaded = builder.fpext(loaded, wide)
+    return builder.shuffle_vector(loaded, loaded, _indices(lane // decoder.lanes for lane in range(16)))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_block(typing_context: Any, decoder: Any, sums: Any, codes: Any, x_at: Any, scales_at: Any) -> Any:
+    """Sums + (codes of a block · 128 activations at an address) · the scales at an address.
+
+    Where the whole row shares one scale, it is left out.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        decoder = signature.args[0]
+        _, sums, codes, x_at, scales_at = arguments
+        products = ir.Constant(Sums.vector, None) if decoder.lanes else sums
+        for j in range(4):
+            x = _load(builder, builder.add(x_at, ir.Constant(_I64, 2 * CODES * j)), Bf16Lanes.vector)
+            products = _add_products(builder, products, builder.extract_value(codes, j), x)
+        if not decoder.lanes:
+            return products
+        scales = _scales(builder, decoder, scales_at)
+        return _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [products, scales, sums])
+
+    return Sums(decoder, Sums, codes, types.int64, types.int64), generate
+
+
+def _add_products(builder: Any, sums: Any, codes: Any, x: Any) -> Any:
+    """Sums + codes · x: each of 16 sums takes two products of bf16 numbers."""
+    if HAS_BF16:
+        pair = ir.VectorType(_BFloat(), CODES)
+        operands = [sums, builder.bitcast(codes, pair), builder.bitcast(x, pair)]
+        return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", Sums.vector, operands)
+    words = ir.VectorType(_I32, 16)
+    left, right = builder.bitcast(codes, words), builder.bitcast(x, words)
+    even = [builder.bitcast(builder.shl(side, _splat(words, 16)), Sums.vector) for side in (left, right)]
+    mask = _splat(words, 0xFFFF0000)
+    odd = [builder.bitcast(builder.and_(side, mask), Sums.vector) for side in (left, right)]
+    sums = _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*even, sums])
+    return _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*odd, sums])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -193,27 +323,6 @@ def no_int_sums(typing_context: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_products(typing_context: Any, sums: Any, codes: Any, x: Any) -> Any:
-    """Sums + codes · x: each of 16 sums takes two products of bf16 numbers."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, codes, x = arguments
-        if HAS_BF16:
-            pair = ir.VectorType(_BFloat(), CODES)
-            operands = [sums, builder.bitcast(codes, pair), builder.bitcast(x, pair)]
-            return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", Sums.vector, operands)
-        words = ir.VectorType(_I32, 16)
-        left, right = builder.bitcast(codes, words), builder.bitcast(x, words)
-        even = [builder.bitcast(builder.shl(side, _splat(words, 16)), Sums.vector) for side in (left, right)]
-        mask = _splat(words, 0xFFFF0000)
-        odd = [builder.bitcast(builder.and_(side, mask), Sums.vector) for side in (left, right)]
-        sums = _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*even, sums])
-        return _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*odd, sums])
-
-    return Sums(Sums, Bf16Lanes, Bf16Lanes), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def add_byte_products(typing_context: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
     """Sums + unsigned · signed bytes, exact: each of 16 sums takes four products."""
 
@@ -230,19 +339,6 @@ def add_byte_products(typing_context: Any, sums: Any, unsigned: Any, signed: Any
         return sums
 
     return IntSums(IntSums, ByteLanes, ByteLanes), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def add_scaled(typing_context: Any, sums: Any, addend: Any, scale: Any) -> Any:
-    """Sums + addend · scale."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, addend, scale = arguments
-        one = builder.insert_element(ir.Constant(Sums.vector, ir.Undefined), scale, ir.Constant(_I32, 0))
-        splat = builder.shuffle_vector(one, one, _indices([0] * 16))
-        return _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [addend, splat, sums])
-
-    return Sums(Sums, Sums, types.float32), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

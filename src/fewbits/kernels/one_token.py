@@ -10,17 +10,29 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fewbits.kernels.compiling import SUMS, as_bits, widen
+from fewbits.kernels.compiling import SUMS, as_float, widen
+from fewbits.kernels.memory import as_bf16
 
 # fp32 keeps eight lanes of partial sums; with one, a dot product would wait for each addition.
 FAST = SUMS | {"arcp", "afn"}
+# The series of e^x on half a power of two around 0; source: Cephes' expf.
+COEFFICIENTS = tuple(
+    np.float32(value) for value in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _bf16(value: Any) -> Any:
-    """The bits of a finite fp32 as bf16, rounded half to even."""
-    bits = as_bits(value)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+def exponential(x: Any) -> Any:
+    """e^x in fp32 within 2 ulp, by arithmetic alone, so that loops over it vectorize; x is kept within ±87."""
+    bounded = min(max(x, np.float32(-87.0)), np.float32(87.0))
+    power = np.floor(bounded * np.float32(1.4426950408889634) + np.float32(0.5))
+    # ln 2 in two parts, the first of few bits: power times it is exact.
+    rest = bounded - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    series = np.float32(1.9875691500e-4)
+    for coefficient in COEFFICIENTS:
+        series = series * rest + coefficient
+    value = series * rest * rest + rest + np.float32(1.0)
+    return value * as_float(np.uint32(np.int32(power) + np.int32(127)) << np.uint32(23))
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -49,7 +61,7 @@ def normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
     """out = x / rms(x) · weight, in bf16."""
     inverse = _inverse_rms(x, eps)
     for i in range(x.size):
-        out[i] = _bf16(x[i] * inverse * weight[i])
+        out[i] = as_bf16(x[i] * inverse * weight[i])
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -57,7 +69,7 @@ def silu_gate(gate: Any, up: Any, out: Any) -> None:
     """out = silu(gate) · up."""
     for i in range(gate.size):
         value = widen(gate[i])
-        out[i] = _bf16(value / (np.float32(1.0) + np.exp(-value)) * widen(up[i]))
+        out[i] = as_bf16(value / (np.float32(1.0) + exponential(-value)) * widen(up[i]))
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -68,12 +80,12 @@ def gelu_gate(gate: Any, up: Any, out: Any) -> None:
         value = widen(gate[i])
         inner = root * (value + np.float32(0.044715) * value * value * value)
         # tanh(u) = 1 − 2 / (e^2u + 1)
-        tanh = np.float32(1.0) - np.float32(2.0) / (np.exp(np.float32(2.0) * inner) + np.float32(1.0))
-        out[i] = _bf16(np.float32(0.5) * value * (np.float32(1.0) + tanh) * widen(up[i]))
+        tanh = np.float32(1.0) - np.float32(2.0) / (exponential(np.float32(2.0) * inner) + np.float32(1.0))
+        out[i] = as_bf16(np.float32(0.5) * value * (np.float32(1.0) + tanh) * widen(up[i]))
 
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def _rotated(head: Any, norm: Any, eps: Any, cosines: Any, sines: Any, factor: Any, out: Any) -> None:
+def rotated(head: Any, norm: Any, eps: Any, cosines: Any, sines: Any, factor: Any, out: Any) -> None:
     """A head's query or key: normed if `norm` has weights, its first channels rotated by halves, times `factor`."""
     scale = factor
     if norm.size:
@@ -95,52 +107,6 @@ def remember(
     heads, _, width = keys.shape
     for h in range(heads):
         head = k[h * width : (h + 1) * width]
-        _rotated(head, norm, eps, cosines, sines, np.float32(1.0), keys[h, position])
+        rotated(head, norm, eps, cosines, sines, np.float32(1.0), keys[h, position])
         for i in range(width):
             values[h, position, i] = widen(v[h * width + i])
-
-
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
-def attend(
-    q: Any,
-    norm: Any,
-    eps: Any,
-    cosines: Any,
-    sines: Any,
-    scaling: Any,
-    keys: Any,
-    values: Any,
-    first: Any,
-    position: Any,
-    scores: Any,
-    out: Any,
-) -> None:
-    """Attention of one token's queries over cache positions first to position.
-
-    scores: fp32 scratch [at least position + 1 + 2 · width].
-    """  # fmt: skip
-    heads, _, width = keys.shape
-    shared = q.size // (heads * width)
-    query, mixed = scores[-2 * width : -width], scores[-width:]
-    for h in range(heads * shared):
-        _rotated(q[h * width : (h + 1) * width], norm, eps, cosines, sines, scaling, query)
-        largest = np.float32(-np.inf)
-        key, value = keys[h // shared], values[h // shared]
-        for t in range(first, position + 1):
-            score = np.float32(0.0)
-            for i in range(width):
-                score += query[i] * key[t, i]
-            scores[t] = score
-            largest = max(largest, score)
-        total = np.float32(0.0)
-        for t in range(first, position + 1):
-            scores[t] = np.exp(scores[t] - largest)
-            total += scores[t]
-        for i in range(width):
-            mixed[i] = np.float32(0.0)
-        for t in range(first, position + 1):
-            weight = scores[t]
-            for i in range(width):
-                mixed[i] += weight * value[t, i]
-        for i in range(width):
-            out[h * width + i] = _bf16(mixed[i] / total)

@@ -17,13 +17,14 @@ from fewbits.schemes import Scheme
 # Above this, no kernel changes with the number of tokens.
 MANY_TOKENS = 1024
 
-Runs = dict[tuple[int, torch.dtype], Run]
+# By number of tokens and dtype of the activations, and by name of the kernel.
+Runs = dict[tuple[int, torch.dtype] | str, Run]
 # What kernels prepared from a tensor of codes: gone with the tensor, never saved or copied.
 _prepared: Any = WeakIdKeyDictionary()
 
 
 def runs_of(codes: torch.Tensor) -> Runs:
-    """What was prepared from these codes, by number of tokens and dtype of the activations."""
+    """What was prepared from these codes."""
     runs: Runs = _prepared.setdefault(codes, {})
     return runs
 
@@ -36,12 +37,10 @@ def prepare(runs: Runs, key: tuple[int, torch.dtype], weight: LinearWeight, bias
         weight.scheme, weight.shape[1], weight.shape[0], tokens, dtype, device.type, machine_of(device)
     )  # fmt: skip
     kernel = choose(spec)
-    named = (-1, kernel.name)
     # Several numbers of tokens share what one kernel prepared.
-    shared: dict[Any, Run] = runs
-    if named not in shared:
-        shared[named] = kernel.prepare(weight, bias)
-    runs[key] = shared[named]
+    if kernel.name not in runs:
+        runs[kernel.name] = kernel.prepare(weight, bias)
+    runs[key] = runs[kernel.name]
     return runs[key]
 
 

@@ -1,4 +1,5 @@
-"""Compiled preparation of activations, token by token: rounding to int8 or float8, and sums over groups of inputs."""
+"""Compiled preparation of activations, token by token: rounding to int8 or float8, and the order that
+kernels.lanes decodes in."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from fewbits.kernels.compiling import as_bits, as_float
-from fewbits.kernels.memory import BFLOAT16, FLOAT16, address_of, half_as_float, pointer_to
+from fewbits.kernels.lanes import BLOCK, BY_FOURS, NATURAL
+from fewbits.kernels.memory import BFLOAT16, FLOAT16, address_of, as_bf16, half_as_float, pointer_to
 from fewbits.kernels.team import PIECE, ROWS, fetch_add
 
 # The block that a call passes: int64 fields after those of kernels.team. A row is a token.
-X_AT, X_KIND, COLUMNS, OUT_AT, OUT_STRIDE, SCALES_AT, GROUPS, SUMS_AT, FIELDS = range(3, 12)
+X_AT, X_KIND, COLUMNS, OUT_AT, OUT_STRIDE, SCALES_AT, GROUPS, SUMS_AT, ORDER, PARTS, FIELDS = range(3, 14)
 
 SMALLEST = np.finfo(np.float32).tiny
 NOT_FINITE = np.uint32(0x7F800000)
@@ -57,7 +59,6 @@ def _int8_codes(row: Any, scale: Any, codes: Any) -> None:
         code = np.float32(-127.0) if code < np.float32(-127.0) else code
         code = np.float32(127.0) if code > np.float32(127.0) else code
         codes[k] = np.uint8(np.int32(code) + np.int32(128))
-    codes[row.size :] = 128
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -125,22 +126,68 @@ def _sum(values: Any) -> Any:
     return total
 
 
-def _sums(pointer: Any) -> None:
-    """Sums of bf16 activations over each group of inputs."""
-    block = carray(pointer, (FIELDS,), np.int64)
-    columns, groups = block[COLUMNS], block[GROUPS]
-    size = columns // groups
-    x = carray(pointer_to(block[X_AT]), (block[ROWS], columns), np.uint16)
-    sums = carray(pointer_to(block[SUMS_AT]), (block[ROWS], groups), np.float32)
-    for token in range(block[ROWS]):
-        for g in range(groups):
-            sums[token, g] = _sum(x[token, g * size : (g + 1) * size])
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _split(row: Any, values: Any) -> None:
+    """Round to bf16, and leave in `row` what that lost."""
+    for k in range(row.size):
+        values[k] = as_bf16(row[k])
+        row[k] -= as_float(np.uint32(values[k]) << np.uint32(16))
 
 
-_WORK = {"int8": _int8, "fp8": _fp8, "sums": _sums}
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _reordered(values: Any, order: Any, out: Any) -> None:
+    """Blocks of activations in the order of decoded codes (kernels.lanes)."""
+    if order == NATURAL:
+        out[:] = values
+    elif order == BY_FOURS:
+        for b in range(0, values.size, BLOCK):
+            for j in range(4):
+                for i in range(32):
+                    out[b + 32 * j + i] = values[b + 4 * i + j]
+    else:
+        for b in range(0, values.size, 64):
+            for half in range(2):
+                for l in range(4):
+                    for e in range(8):
+                        out[b + 32 * half + 8 * l + e] = values[b + 16 * l + 8 * half + e]
+
+
+def _arranged(pointer: Any) -> None:
+    """Activations as one or two bf16 numbers each, in blocks of 128, and their sums over groups of inputs."""
+    fields = carray(pointer, (FIELDS,), np.int64)
+    columns, groups, parts = fields[COLUMNS], fields[GROUPS], fields[PARTS]
+    padded, size = (columns + BLOCK - 1) // BLOCK * BLOCK, columns // groups
+    row, values = np.empty(columns, np.float32), np.zeros(padded, np.uint16)
+    while True:
+        start = fetch_add(address_of(pointer), fields[PIECE])
+        if start >= fields[ROWS]:
+            return
+        for token in range(start, min(start + fields[PIECE], fields[ROWS])):
+            _widen_row(fields, token, row)
+            if fields[SCALES_AT] != 0:
+                scale = _scale(row, np.float32(448.0))
+                carray(pointer_to(fields[SCALES_AT]), (fields[ROWS],), np.float32)[token] = scale
+                if scale == scale:
+                    _fp8_values(row, scale, values[:columns])
+                    for k in range(columns):
+                        row[k] = as_float(np.uint32(values[k]) << np.uint32(16))
+                else:
+                    row[:] = np.float32(0.0)
+            for part in range(parts):
+                _split(row, values[:columns])
+                if fields[SUMS_AT] != 0:
+                    sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
+                    for g in range(groups):
+                        total = _sum(values[g * size : (g + 1) * size])
+                        sums[g] = total if part == 0 else sums[g] + total
+                at = fields[OUT_AT] + 2 * (token * parts + part) * padded
+                _reordered(values, fields[ORDER], carray(pointer_to(at), (padded,), np.uint16))
+
+
+_WORK = {"int8": _int8, "fp8": _fp8, "arranged": _arranged}
 
 
 @cache
 def token_work(name: str) -> Any:
-    """A compiled C function: "int8" (codes + 128, padded with 128), "fp8" (bf16 values), or "sums" of groups."""
+    """A compiled C function: "int8" (codes + 128), "fp8" (bf16 values), or "arranged"."""
     return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_WORK[name])

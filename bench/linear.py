@@ -1,0 +1,149 @@
+"""Quantized linears against bf16 `F.linear`, one call at a time, and against what memory can deliver.
+
+Usage: python bench/linear.py [--shapes 4096x4096 …] [--tokens 1 4 …] [--seconds 2] [--kernels]
+
+All ways run in turn within one process, so that none finds its weight in the cache and all meet the same machine; a row
+gives medians. The baseline is the faster of oneDNN and PyTorch's own product. --kernels times every kernel that can
+run, which is how the limits in src/fewbits/kernels were found. Rows are appended to results/linear.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import njit
+
+from fewbits import Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantLinear
+from fewbits.kernels.choose import KERNELS
+from fewbits.kernels.threads import over_rows
+
+RESULTS = Path(__file__).parent / "results" / "linear.jsonl"
+SHAPES = ["4096x4096", "14336x4096", "4096x14336", "576x576", "1536x576"]
+TOKENS = [1, 4, 16, 128, 1024]
+LEFT_OUT = ("reference", "int8 as fp32")
+
+
+@njit(nogil=True)
+def largest(words: np.ndarray) -> int:
+    """Reads everything once."""
+    top = words[0]
+    for index in range(words.size):
+        top = max(top, words[index])
+    return top
+
+
+def read_bandwidth() -> float:
+    """GB/s of reading 512 MB on all threads, the best of ten."""
+    words = np.ones((512, 2**17), np.int64)
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        over_rows(*words.shape, lambda first, last: largest(words[first:last].reshape(-1)))
+        best = max(best, words.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def without_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own product."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        return F.linear(x, weight)
+
+
+def ways(rows: int, columns: int, tokens: int, every_kernel: bool) -> dict[str, tuple[Callable[[], object], int]]:
+    """What is timed, with the bytes of weights that it reads."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight.normal_(0, 0.02, generator=generator)
+    weight = linear.weight.detach()
+    x = torch.randn((tokens, columns), generator=generator).bfloat16()
+    found: dict[str, tuple[Callable[[], object], int]] = {
+        "bf16 oneDNN": (lambda: F.linear(x, weight), 2 * weight.numel()),
+    }
+    if tokens <= 4:
+        found["bf16 PyTorch"] = (lambda: without_onednn(x, weight), 2 * weight.numel())
+    methods = {
+        "W8A8": Int8Symmetric(),
+        "int4": Int4Asymmetric(128 if columns % 128 == 0 else 64),
+        "fp8": Fp8E4M3(None),
+        "int8": Int8Symmetric(None),
+    }
+    for name, method in methods.items():
+        layer = QuantLinear.from_linear(linear, method)
+        size = layer.quantized_weight().size_bytes
+        if not every_kernel:
+            found[name] = (lambda layer=layer: layer(x), size)
+            continue
+        for kernel in KERNELS:
+            able = kernel.why_not(layer.spec(1 if kernel.name != "panels" else tokens)) is None
+            if able and kernel.name not in LEFT_OUT:
+                run = kernel.prepare(layer._stored(), None)
+                found[f"{name}: {kernel.name}"] = (lambda run=run: run(x), size)
+    return found
+
+
+@torch.no_grad()
+def measure(shape: str, tokens: int, seconds: float, bandwidth: float, every_kernel: bool) -> list[dict[str, object]]:
+    """One row for each way."""
+    rows, columns = map(int, shape.split("x"))
+    found = ways(rows, columns, tokens, every_kernel)
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for call, _ in found.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["bf16 oneDNN"]) < 5:
+        for name, (call, _) in found.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    baseline = min(median for name, median in medians.items() if name.startswith("bf16"))
+    results = []
+    for name, (_, size) in found.items():
+        quartiles = statistics.quantiles(times[name], n=4)
+        results.append(
+            {
+                "shape": shape, "tokens": tokens, "way": name, "median_ms": round(1e3 * medians[name], 4),
+                "quartiles_ms": [round(1e3 * quartiles[0], 4), round(1e3 * quartiles[2], 4)],
+                "calls": len(times[name]), "of_bf16_speed": round(baseline / medians[name], 2),
+                "of_read_bandwidth": round(size / medians[name] / 1e9 / bandwidth, 2),
+                "gflop_per_s": round(2 * tokens * rows * columns / medians[name] / 1e9),
+                "read_gb_per_s": round(bandwidth, 1), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            }
+        )  # fmt: skip
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--kernels", action="store_true")
+    options = parser.parse_args()
+    bandwidth = read_bandwidth()
+    RESULTS.parent.mkdir(exist_ok=True)
+    print(f"read {bandwidth:.1f} GB/s, {torch.get_num_threads()} threads")
+    for shape in options.shapes:
+        for tokens in options.tokens:
+            for row in measure(shape, tokens, options.seconds, bandwidth, options.kernels):
+                print(
+                    f"{shape:>11} {tokens:5} {row['way']:32} {row['median_ms']:9.3f} ms  "
+                    f"{row['of_bf16_speed']:5.2f} of bf16  {row['of_read_bandwidth']:5.2f} of reading",
+                    flush=True,
+                )
+                if not options.kernels:
+                    with RESULTS.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

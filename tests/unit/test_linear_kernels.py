@@ -1,0 +1,133 @@
+"""Every kernel against products in fp64 of the numbers that codes stand for; W8A8 equal to integer arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fewbits.errors import KernelError
+from fewbits.kernels import choose as choosing
+from fewbits.kernels.choose import KERNELS, choose, reasons_against
+from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
+from fewbits.schemes import Scheme
+from linear_cases import activations, int8_product, make, rounded_to_fp8
+
+CPU = machine_of(torch.device("cpu"))
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
+W8A8 = Scheme("int", 8, True, 0, "dynamic")
+WEIGHT_ONLY = [
+    *(Scheme("int", bits, symmetric, group) for bits in range(1, 9) for symmetric, group in ((True, 32), (False, 0))),
+    *(Scheme("int", 4, False, group) for group in (8, 16, 48, 64, 96, 192)),
+    Scheme("int", 3, False, 64), Scheme("int", 8, False, 64),
+    Scheme("float", 8, True), Scheme("float", 8, True, 0, "dynamic"),
+]  # fmt: skip
+
+
+def able(scheme: Scheme, columns: int, rows: int, tokens: int, dtype: torch.dtype) -> list[Kernel]:
+    spec = LinearSpec(scheme, columns, rows, tokens, dtype, "cpu", CPU)
+    return [kernel for kernel in KERNELS if kernel.why_not(spec) is None]
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY, ids=str)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_weight_only_and_fp8_products(scheme: Scheme, rows: int) -> None:
+    columns = 576 if scheme.group_size else 300
+    case = make(scheme, rows, columns)
+    for tokens in (1, 2, 5, 17):
+        for dtype in DTYPES:
+            x = activations(tokens, columns, dtype)
+            wide = x.double().numpy() if scheme.activations is None else rounded_to_fp8(x)
+            expected = wide @ case.decoded.T + case.bias.numpy()
+            # Products as summed, codes raised by 128 included.
+            lifted = np.abs(case.decoded) + 192 * np.repeat(
+                np.abs(case.weight.scales.double().numpy()), columns // case.weight.scales.shape[1], 1
+            )
+            sizes = np.abs(wide) @ np.abs(case.decoded).T
+            for kernel in able(scheme, columns, rows, tokens, dtype):
+                y = kernel.prepare(case.weight, case.bias)(x)
+                assert y.dtype == dtype
+                bound = 2 * HALF_ULP[dtype] * np.abs(expected) + 2.0**-19 * (np.abs(wide) @ lifted.T) + 2.0**-17 * sizes
+                if kernel.name == "panels" and dtype == torch.bfloat16:
+                    # Panels are rounded to bf16, and products before token scale and bias are added.
+                    bound += 2.0**-9 * sizes + 2.0**-7 * (np.abs(expected) + np.abs(case.bias.numpy()))
+                assert (np.abs(y.double().numpy() - expected) <= bound + 1e-6).all(), (kernel.name, tokens, dtype)
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", [Scheme("int", 4, False, 32), Scheme("float", 8, True)], ids=str)
+def test_scales_of_any_stored_dtype(scheme: Scheme, scale_dtype: torch.dtype) -> None:
+    case = make(scheme, 6, 160, scale_dtype)
+    x = activations(3, 160, torch.float32)
+    expected = x.double().numpy() @ case.decoded.T
+    for kernel in able(scheme, 160, 6, 3, torch.float32):
+        y = kernel.prepare(case.weight, None)(x).double().numpy()
+        assert np.abs(y - expected).max() <= 2e-5 * np.abs(x.double().numpy() @ np.abs(case.decoded).T).max() + 1e-4
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 63), (5, 64), (9, 300), (66, 2100)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_w8a8_equals_integer_arithmetic(rows: int, columns: int, dtype: torch.dtype) -> None:
+    case = make(W8A8, rows, columns)
+    for tokens in (1, 2, 4, 5, 33):
+        x = activations(tokens, columns, dtype)
+        expected = int8_product(case, x)
+        for kernel in able(W8A8, columns, rows, tokens, dtype):
+            assert torch.equal(kernel.prepare(case.weight, case.bias)(x), expected), (kernel.name, tokens)
+
+
+def test_w8a8_of_largest_operands_does_not_saturate() -> None:
+    case = make(W8A8, 4, 256)
+    case.weight.codes.fill_(127)
+    x = torch.full((2, 256), -1.0)
+    for kernel in able(W8A8, 256, 4, 2, torch.float32):
+        assert torch.equal(kernel.prepare(case.weight, case.bias)(x), int8_product(case, x)), kernel.name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scheme", [W8A8, Scheme("float", 8, True, 0, "dynamic"), Scheme("int", 4, False, 32)], ids=str)
+def test_a_token_that_is_no_number_spoils_itself_only(scheme: Scheme, bad: float) -> None:
+    case = make(scheme, 8, 128)
+    x = activations(3, 128, torch.float32)
+    x[2, 7] = bad
+    for kernel in able(scheme, 128, 8, 3, torch.float32):
+        y = kernel.prepare(case.weight, case.bias)(x)
+        assert torch.isfinite(y[:2]).all() and not torch.isfinite(y[2, 1:]).any(), kernel.name
+
+
+def test_no_tokens() -> None:
+    for scheme in (W8A8, Scheme("int", 4, False, 32), Scheme("float", 8, True, 0, "dynamic")):
+        case = make(scheme, 8, 64)
+        for kernel in able(scheme, 64, 8, 0, torch.bfloat16):
+            assert kernel.prepare(case.weight, case.bias)(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 8)
+
+
+def spec(scheme: Scheme, tokens: int, **changes: object) -> LinearSpec:
+    known = {"machine": Machine(frozenset({"numba", "exact_u8s8"}))} | changes
+    return LinearSpec(scheme, 4096, 4096, tokens, **known)  # type: ignore[arg-type]
+
+
+def test_the_choice_by_tokens_and_processor() -> None:
+    int4 = Scheme("int", 4, False, 128)
+    assert choose(spec(int4, 1)).name == "decode in registers"
+    assert choose(spec(int4, 1024)).name == "panels"
+    assert choose(spec(W8A8, 1)).name == "int8 dot products"
+    assert choose(spec(W8A8, 1024)).name == "oneDNN int8"
+    assert choose(spec(W8A8, 1024, machine=Machine(frozenset({"numba"})))).name == "int8 as fp32"
+    assert choose(spec(int4, 1, machine=Machine())).name == "reference"
+    assert choose(spec(int4, 1, dtype=torch.float64)).name == "reference"
+
+
+def test_reasons_name_what_is_in_the_way() -> None:
+    reasons = reasons_against(spec(Scheme("int", 4, False, 48), 1))
+    assert reasons["decode in registers"] is not None and "groups of 48" in reasons["decode in registers"]
+    assert reasons["panels"] is None
+    saturating = reasons_against(spec(W8A8, 64, machine=Machine(frozenset({"numba"}))))
+    assert saturating["oneDNN int8"] is not None and "saturate" in saturating["oneDNN int8"]
+
+
+def test_no_kernel_at_all_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "KERNELS", KERNELS[3:5])
+    with pytest.raises(KernelError, match="int8 dot products: multiplies int8 per channel"):
+        choosing.choose.__wrapped__(spec(Scheme("int", 4, False, 128), 1))
