@@ -108,7 +108,9 @@ def _calibration_choice(
 ) -> CalibrationChoice:
     from fewbits.calibration import OWN_TEXT, read_calibration
     from fewbits.forward_dtype import forward_dtype, require_device
+    from fewbits.suspended import require_packages
 
+    require_packages()
     require_device(device)
     dtype = forward_dtype(device)
     if str(source) == OWN_TEXT:

@@ -297,6 +297,19 @@ def _place(waiting: object) -> str:
     return f"block {waiting.block}" if isinstance(waiting, BlockEntry) else "the end"
 
 
+def require_packages() -> None:
+    """Find out before any work whether a calibrated pass can run at all.
+
+    Raises:
+        MissingDependencyError: transformers or greenlet is not installed.
+    """
+    _greenlet()
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"Running a model needs transformers ({error}).", EXTRA_HINT) from error
+
+
 def _greenlet() -> Any:
     try:
         import greenlet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -61,7 +62,7 @@ def test_the_summary_and_the_report_say_what_was_calibrated_with(cli: Cli, sourc
     assert not list(tmp_path.glob("out.partial")) and not (tmp_path / "out" / ".fewbits").exists()
 
 
-def test_a_statistic_of_too_few_tokens_is_noted_and_an_error_under_strict(cli: Cli, source: Path) -> None:
+def test_a_statistic_of_too_few_tokens_is_noted(cli: Cli, source: Path) -> None:
     # 192 tokens are enough for inputs 32 wide, not for those 64 wide.
     outcome = cli("quantize", source, "out", *GPTQ, "--calibration", "ids.npy")
     [note] = [line for line in outcome.out.splitlines() if "solved on" in line]
@@ -224,7 +225,7 @@ def test_models_that_cannot_be_run_are_refused(
     edit(tmp_path / "source")
     outcome = cli("quantize", source, "out", *GPTQ, "--calibration", "ids.npy", "--importance", importance)
     assert outcome.status == 2
-    assert outcome.err.startswith(expected)
+    assert f"\n{outcome.err}".rpartition("\nC")[2].startswith(expected[1:])  # what comes before are notes
     assert "Traceback" not in outcome.err
     assert nothing_made(tmp_path)
 
@@ -309,6 +310,7 @@ def test_a_disk_that_fills_up_while_states_are_put_away_is_a_failure_with_a_way_
     np.save(tmp_path / "ids.npy", token_ids(256, 64).numpy())
     options = ["-m", "gptq", "-g", "16", "--samples", "256", "--length", "64", "--calibration", "ids.npy"]
     for more in (["--memory", "1kB", "--importance", "none"], ["--importance", "none"]):
+        shutil.rmtree(small_disk / "out.partial", ignore_errors=True)
         outcome = cli("quantize", "source", small_disk / "out", *options, *more)
         assert outcome.status == 1
         assert outcome.err.startswith("OutputError: ")

@@ -137,9 +137,9 @@ def show(report: Report) -> None:
     worst = report.worst
     console.print(f"worst layer: {worst.name}, relative error {_error_text(worst)}", highlight=False)
     for line in note_lines(report.notes):
-        console.print(f"[yellow]note[/] {line}", highlight=False)
+        console.print(f"[yellow]note[/] {line}", highlight=False, soft_wrap=True)
     if report.calibration is not None:
-        console.print(calibration_line(report), highlight=False)
+        console.print(calibration_line(report), highlight=False, soft_wrap=True)
     resumed = f" · {report.resumed_shards} shards were finished before" if report.resumed_shards else ""
     before, after = report.plan.bytes_before, report.plan.bytes_after
     console.print(
