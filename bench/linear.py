@@ -140,9 +140,8 @@ def main() -> None:
                     f"{row['of_bf16_speed']:5.2f} of bf16  {row['of_read_bandwidth']:5.2f} of reading",
                     flush=True,
                 )
-                if not options.kernels:
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every example in the docstrings and in the page about recipes does what it says."""
+"""Every example in the docstrings and in the pages about recipes and kernels does what it says."""
 
 import doctest
 import re
@@ -13,6 +13,7 @@ from fewbits.methods import METHODS, method_options
 
 SOURCE = Path(fewbits.__file__).parent
 RECIPES = SOURCE.parents[1] / "docs" / "config.md"
+KERNELS = SOURCE.parents[1] / "docs" / "kernels.md"
 WITH_EXAMPLES = sorted(
     ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts)
     for file in SOURCE.rglob("*.py")
@@ -29,6 +30,11 @@ def test_the_examples_of_a_module_hold(module: str) -> None:
 def test_the_examples_of_the_page_about_recipes_hold() -> None:
     failed, tried = doctest.testfile(str(RECIPES), module_relative=False)
     assert tried > 10 and failed == 0
+
+
+def test_the_examples_of_the_page_about_kernels_hold() -> None:
+    failed, tried = doctest.testfile(str(KERNELS), module_relative=False)
+    assert tried > 3 and failed == 0
 
 
 def test_the_recipe_on_the_page_can_be_read() -> None:

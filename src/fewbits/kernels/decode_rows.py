@@ -49,16 +49,18 @@ def _unpack(packed: Any, bits: Any, codes: Any) -> None:
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _fp8_row(codes: Any, scale: Any, values: Any) -> None:
+    raised = np.float32(256.0) * scale
     for k in range(codes.size):
-        code = np.uint16(codes[k])
-        half = np.uint16((code & np.uint16(0x7F)) << np.uint16(7)) | np.uint16((code & np.uint16(0x80)) << np.uint16(8))
-        values[k] = half_as_float(np.uint16(half)) * np.float32(256.0) * scale
+        code = np.uint32(codes[k])
+        sign = np.uint32(np.uint32(code & np.uint32(0x80)) << np.uint32(8))
+        magnitude = np.uint32(np.uint32(code & np.uint32(0x7F)) << np.uint32(7))
+        values[k] = half_as_float(np.uint16(np.uint32(sign | magnitude))) * raised
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _group(codes: Any, scale: Any, zero: Any, values: Any) -> None:
     for k in range(codes.size):
-        values[k] = np.float32(np.int32(codes[k]) - zero) * scale
+        values[k] = np.float32(np.int32(np.int32(codes[k]) - zero)) * scale
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]

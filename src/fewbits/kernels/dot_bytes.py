@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from fewbits.kernels.lanes import add_byte_products, bytes_at, no_int_sums, total_of
+from fewbits.kernels.lanes import add_byte_products, bytes_at, fetch, no_int_sums, total_of
 from fewbits.kernels.memory import FLOAT32, address_of, number_at, pointer_to, write
 from fewbits.kernels.team import PIECE, ROWS, fetch_add
 
@@ -56,6 +56,11 @@ def _four_rows(block: Any, r0: Any, r1: Any, r2: Any, r3: Any, token: Any) -> No
     s0, s1, s2, s3 = no_int_sums(), no_int_sums(), no_int_sums(), no_int_sums()
     for step in range(width // STEP):
         at = step * STEP
+        ahead = at + 4 * width
+        fetch(at0 + ahead)
+        fetch(at1 + ahead)
+        fetch(at2 + ahead)
+        fetch(at3 + ahead)
         lanes = bytes_at(x + at)
         s0 = add_byte_products(s0, lanes, bytes_at(at0 + at))
         s1 = add_byte_products(s1, lanes, bytes_at(at1 + at))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from fewbits.kernels.lanes import BLOCK, add_block, codes_at, decoder_of, no_sums, total_of
+from fewbits.kernels.lanes import BLOCK, add_block, codes_at, decoder_of, fetch, no_sums, total_of
 from fewbits.kernels.memory import FLOAT32, address_of, number_at, pointer_to, write
 from fewbits.kernels.team import PIECE, ROWS, fetch_add
 
@@ -99,6 +99,12 @@ def _four_rows(decoder: Any, fields: Any, r0: Any, r1: Any, r2: Any, r3: Any, to
         x = fields[X_AT] + (token * fields[PARTS] + part) * fields[X_STRIDE]
         for b in range(whole):
             at, s = codes + b * wide, fields[SCALES_AT] + b * BLOCK // size * scale_bytes
+            for line in range(0, wide, 64):
+                ahead = at + line + 4 * width
+                fetch(ahead + r0 * width)
+                fetch(ahead + r1 * width)
+                fetch(ahead + r2 * width)
+                fetch(ahead + r3 * width)
             y0 = add_block(decoder, y0, codes_at(decoder, at + r0 * width), x, s + r0 * row_scales)
             y1 = add_block(decoder, y1, codes_at(decoder, at + r1 * width), x, s + r1 * row_scales)
             y2 = add_block(decoder, y2, codes_at(decoder, at + r2 * width), x, s + r2 * row_scales)

@@ -11,7 +11,7 @@ from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
 from fewbits.schemes import Scheme
 
 # Above these, oneDNN's blocked products are faster; measured in bench/linear.py.
-MOST_TOKENS = 4
+MOST_TOKENS = 2
 # 127 · 127 · this many products stay below 2^24, where fp32 sums of integers are exact.
 EXACT_IN_FP32 = 1024
 

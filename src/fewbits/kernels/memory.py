@@ -58,11 +58,13 @@ def address_of(typing_context: Any, pointer: Any) -> Any:
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def as_bf16(value: Any) -> Any:
     """The bits of an fp32 number rounded to bf16, half to even; NaN stays NaN."""
+    # Each step is cut to 32 bits: the compiler's integers are 64 bits wide, and half as many fit a vector.
     bits = as_bits(value)
-    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
+    is_number = np.uint32(bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000)
+    kept = rounded if is_number else np.uint32(bits | np.uint32(0x400000))
+    return np.uint16(np.uint32(kept >> np.uint32(16)))
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
