@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fewbits.calibrate import BlockDone, Timings, TokenWeights, bytes_in_flight, micro_batch_size, run_blocks
+from fewbits.block_run import Timings, TokenWeights
+from fewbits.calibrate import BlockDone, bytes_in_flight, micro_batch_size, run_blocks
 from fewbits.calibration import Calibration
 from fewbits.checkpoints.journal import Journal
 from fewbits.checkpoints.partial import PartialFolder

@@ -55,7 +55,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(method: QuantMethod, mes
     assert str(caught.value).startswith(message)
 
 
-WRONG = (None, True, "4", 4.0, float("nan"), [4], np.array([4, 4]), object())
+WRONG = (None, True, "4", 4.0, float("nan"), [4], np.array([4, 4]), object)
 
 
 @pytest.mark.parametrize("value", WRONG, ids=repr)
