@@ -47,6 +47,8 @@ def test_quantize_says_in_json_what_it_did(cli: Cli, model: Path) -> None:
             "config",
             "elapsed_s",
             "fewbits",
+            "folded",
+            "folds",
             "format",
             "layers",
             "notes",
