@@ -119,6 +119,9 @@ def show(report: Report) -> None:
     console.print(loss_table(report))
     worst = report.worst
     console.print(f"worst layer: {worst.name}, relative error {_error_text(worst)}", highlight=False)
+    if report.folds:
+        scaled = sum(len(fold["layers"]) for fold in report.folds)
+        console.print(f"input channels of {scaled} layers scaled, {len(report.folds)} folds", highlight=False)
     for note in report.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)
     resumed = f" · {report.resumed_shards} shards were finished before" if report.resumed_shards else ""
