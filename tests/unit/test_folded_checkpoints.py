@@ -23,6 +23,8 @@ CASES = [("llama", AWQ(16)), ("llama", SmoothQuant(0.5))] + [
     (architecture, method)
     for architecture in ("llama", "gemma3", "mixtral", "opt", "phi3", "qwen2")
     for method in (AWQ(16, "gptq"), SmoothQuant("auto"))
+    # What is compared with cannot round the inputs of experts that transformers stacks.
+    if (architecture, method.short_name) != ("mixtral", "smoothquant")
 ]
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
 

@@ -70,7 +70,7 @@ def smoothed(path: Path, memory_limit: int | None = None) -> Smoothing:
         skeleton = Skeleton(build_model(path, torch.float32), checkpoint, reader)
         smoothing = Smoothing(reader.read)
         for _ in run_blocks(
-            skeleton, token_ids(4, 16), layers, lambda layers, weights, statistics: [None] * len(layers),
+            skeleton, token_ids(4, 56), layers, lambda layers, weights, statistics: [None] * len(layers),
             folding=smoothing, memory_limit=memory_limit, folder=path,
         ):  # fmt: skip
             pass

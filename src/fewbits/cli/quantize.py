@@ -136,6 +136,9 @@ def show(report: Report) -> None:
     console.print(loss_table(report))
     worst = report.worst
     console.print(f"worst layer: {worst.name}, relative error {_error_text(worst)}", highlight=False)
+    if report.folds:
+        scaled = sum(len(fold["layers"]) for fold in report.folds)
+        console.print(f"input channels of {scaled} layers scaled, {len(report.folds)} folds", highlight=False)
     for line in note_lines(report.notes):
         console.print(f"[yellow]note[/] {line}", highlight=False, soft_wrap=True)
     if report.calibration is not None:
