@@ -36,9 +36,17 @@ def decoded_model(folder: str | Path, *, device: str = "cpu") -> Any:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}: transformers cannot build this model: {error}") from error
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    modules = dict(model.named_modules())
     for name, scheme in schemes.items():
-        if scheme.activations is not None:
-            model.get_submodule(name).register_forward_pre_hook(_RoundedInput(scheme))
+        if scheme.activations is None:
+            continue
+        if name not in modules:
+            raise CheckpointError(
+                f"{folder}: {name} rounds its input, but {type(model).__name__} holds it in a stack of experts, where "
+                "inputs cannot be rounded one by one.",
+                "evaluate it in an engine that runs such checkpoints, or quantize the experts' weights only",
+            )
+        modules[name].register_forward_pre_hook(_RoundedInput(scheme))
     return model.to(device).eval()
 
 

@@ -68,6 +68,6 @@ def show(rows: list[DemoRow]) -> None:
             figures = [seconds_text(row.report.elapsed_s), f"{e.perplexity:.2f}", f"{e.kl:.4f}", f"{e.top1:.1%}"]
         table.add_row(
             row.label, bytes_text(row.size_bytes), f"{row.bits:.2f}", *figures,
-            f"{row.tokens_per_s:.0f}", row.sentence,
+            f"{row.tokens_per_s:.0f}", " ".join(row.sentence.split()),
         )  # fmt: skip
     Console().print(table)
