@@ -73,23 +73,28 @@ def solve(
     dead = H.diagonal() <= 0
     living = H.clone()
     living.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
-    diagonal = living.diagonal()
+    diagonal = living.diagonal().clone()
     order = _order(diagonal, scheme.group_size or K) if options.ordered else torch.arange(K)
-    turned = living[order][:, order].contiguous()
+    # Matrices of this size are let go of as soon as they can be: they set the peak memory of a whole run.
+    living = living[order]
+    turned = living[:, order]
+    del living
     factor = inverse_factor(turned, options.damping)
     if factor is None:
         rounded = _rounded(W, scheme, scale_dtype, options.search, diagonal)
         return _solution(W, rounded, scheme, H, (("rounded plainly", "its statistic cannot be factored"),))
     notes = () if factor.trouble is None else (("solved with a doctored statistic", factor.trouble),)
+    trouble, damping = factor.trouble, factor.damping
     solved, loss = _sweep(W, factor.U, order, diagonal, scheme, scale_dtype, options)
+    del factor
     # A doctored factor belongs to another H than this, by which steps could go astray.
-    if factor.trouble is None:
-        turned.diagonal().add_(factor.damping)
+    if trouble is None:
+        turned.diagonal().add_(damping)
         loss -= _descend(W, solved, turned, order, scheme, options.passes)
-    if _restore_worse_rows(W, solved, scheme, options.search, H) or factor.trouble is not None:
+    if _restore_worse_rows(W, solved, scheme, options.search, H) or trouble is not None:
         return _solution(W, solved, scheme, H, notes)
     # The sweep's own loss is that by the damped H.
-    return _solution(W, solved, scheme, H, notes, (loss, diagonal - H.diagonal() + factor.damping))
+    return _solution(W, solved, scheme, H, notes, (loss, diagonal - H.diagonal() + damping))
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
