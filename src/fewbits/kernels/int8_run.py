@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fewbits.kernels import dot_bytes, scale_sums
-from fewbits.kernels.int8_dynamic import onednn_sums
+from fewbits.kernels.onednn import onednn_sums
 from fewbits.kernels.spec import LinearWeight
 from fewbits.kernels.team import Work, team_size
 from fewbits.kernels.tokens_run import STORED, int8_tokens

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from fewbits.kernels.onednn import onednn_is_exact
 from fewbits.packing import decode_codes, flip_top_bit, unpack_rows
 from fewbits.schemes import Scheme
 
@@ -102,7 +103,5 @@ def machine_of(device: torch.device) -> Machine:
     if device.type == "cuda":
         return Machine(frozenset(features), torch.cuda.get_device_capability(device))
     if device.type == "cpu":
-        from fewbits.kernels.int8_dynamic import onednn_is_exact
-
         features |= {"exact_u8s8"} if onednn_is_exact() else set()
     return Machine(frozenset(features))
