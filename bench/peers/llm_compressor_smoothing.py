@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def main() -> None:
@@ -26,9 +27,11 @@ def main() -> None:
     with torch.no_grad():
         before = model(torch.from_numpy(ids)).logits
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
+    # It asks for one, though the rows are token ids already.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
     try:
         oneshot(
-            model=model, recipe=[SmoothQuantModifier(smoothing_strength=0.5)], dataset=rows,
+            model=model, processor=tokenizer, recipe=[SmoothQuantModifier(smoothing_strength=0.5)], dataset=rows,
             num_calibration_samples=len(ids), max_seq_length=ids.shape[1],
         )  # fmt: skip
     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
