@@ -126,7 +126,7 @@ class CalibratedConversion:
 
         def of_group(group: Sequence[LinearLayer]) -> torch.Tensor | None:
             known = [weights[layer.name] for layer in group if layer.name in weights]
-            return shared_weights(known, group[0].in_features) if known else None
+            return shared_weights(known) if known else None
 
         return of_group
 

@@ -3,7 +3,7 @@
 One forward and one backward of the original model, streamed block by block. Labels are drawn from the model's own
 predictions, so the mean square of the gradient at a linear's output estimates the Fisher information there: a small
 error e of the output costs about wₜ‖e‖² of KL divergence, wₜ the mean square of the gradient at token t.
-Source: GuidedQuant, arXiv 2505.07004. Differs from it: one group of outputs, sampled labels, capped weights.
+Source: GuidedQuant, arXiv 2505.07004. Differs from it: one group of outputs, sampled labels.
 """
 
 from __future__ import annotations

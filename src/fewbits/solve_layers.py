@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,8 @@ from fewbits.transforms.ties import Ties
 
 # Fewer tokens than this many times the width leave H too loose to compensate errors with.
 TOKENS_PER_CHANNEL = 4
+# Times channels per effective token: the damping that GPTQ needs where this is more than the usual 1 %.
+DAMPING_PER_CHANNEL_AND_TOKEN = 0.07
 # Narrow, since clipping further lowers the layer's error and raises the model's.
 CLIP_SEARCH = Search(steps=31, narrowest=0.8, power=2)
 
@@ -164,6 +166,12 @@ def _output_square(rows: torch.Tensor, H: torch.Tensor) -> float:
         return float(((rows @ H) * rows).sum(1).sum(dtype=torch.float64))
 
 
+def _damping(statistics: Statistics) -> float:
+    """Share of the mean diagonal: H is the less certain the fewer tokens it has a channel."""
+    channels_per_token = len(statistics.gram) / max(statistics.effective_tokens, 1.0)
+    return max(gptq.DEFAULTS.damping, DAMPING_PER_CHANNEL_AND_TOKEN * channels_per_token)
+
+
 def _solved_together(
     layers: Sequence[LinearLayer],
     weights: Sequence[torch.Tensor],
@@ -180,10 +188,11 @@ def _solved_together(
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
     stacked = torch.cat([weight.float() for weight in weights])
     H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
+    options = replace(gptq.DEFAULTS, damping=_damping(statistics))
     solution = (
-        gptq.solve(stacked, method.scheme, scale_dtype, H)
+        gptq.solve(stacked, method.scheme, scale_dtype, H, options)
         if s is None
-        else gptq.solve(stacked * s, method.scheme, scale_dtype, H / s / s[:, None])
+        else gptq.solve(stacked * s, method.scheme, scale_dtype, H / s / s[:, None], options)
     )
     notes += [Note(layers[0].name, what, why) for what, why in solution.notes]
     solved = {}

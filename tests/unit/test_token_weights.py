@@ -2,43 +2,47 @@
 
 import torch
 
-from fewbits.token_weights import capped, effective_tokens, shared_weights
+from fewbits.token_weights import shared_weights
 
 
 def heavy_tailed(count: int = 4096) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(1)).mul(3).exp()
 
 
-def test_equal_weights_count_every_token() -> None:
-    assert effective_tokens(torch.full((100,), 0.3)) == torch.tensor(100.0)
+def effective_tokens(weights: torch.Tensor) -> float:
+    return float(weights.double().sum() ** 2 / weights.double().square().sum())
 
 
-def test_capping_leaves_the_wanted_number_of_effective_tokens() -> None:
-    weights = heavy_tailed()
-    assert effective_tokens(weights) < 100
-    assert abs(effective_tokens(capped(weights, 1000.0)) - 1000.0) < 1.0
+def test_weights_keep_the_order_of_importance_and_have_mean_one() -> None:
+    importance = heavy_tailed()
+    weights = shared_weights([importance])
+    assert weights is not None
+    assert bool((weights[importance.argsort()].diff() >= 0).all())
+    assert abs(weights.mean().item() - 1) < 1e-5
 
 
-def test_capping_keeps_the_order_and_has_mean_one() -> None:
-    weights = heavy_tailed()
-    tamed = capped(weights, 500.0)
-    order = weights.argsort()
-    assert bool((tamed[order].diff() >= 0).all())
-    assert abs(tamed.mean().item() - 1) < 1e-5
+def test_a_token_of_four_times_the_importance_counts_twice() -> None:
+    weights = shared_weights([torch.tensor([1.0, 4.0, 0.0, 16.0])])
+    assert weights is not None
+    assert torch.allclose(weights / weights[0], torch.tensor([1.0, 2.0, 0.0, 4.0]))
 
 
-def test_weights_that_are_even_enough_are_only_scaled() -> None:
-    weights = torch.linspace(1, 2, 1000)
-    assert torch.allclose(capped(weights, 500.0), weights / weights.mean())
+def test_no_handful_of_tokens_makes_up_the_gram() -> None:
+    importance = heavy_tailed()
+    weights = shared_weights([importance])
+    assert weights is not None
+    assert effective_tokens(importance) < 100 < 4 * effective_tokens(importance) < effective_tokens(weights)
 
 
 def test_consumers_count_alike_whatever_their_scale() -> None:
     one, other = heavy_tailed(), torch.linspace(1, 2, 4096)
-    found = shared_weights([one, other * 1e6], 64)
-    expected = capped((one / one.mean() + other / other.mean()) / 2, 128.0)
-    assert found is not None and torch.allclose(found, expected)
+    found, same = shared_weights([one, other * 1e6]), shared_weights([one * 1e-3, other])
+    assert found is not None and same is not None
+    assert torch.allclose(found, same)
 
 
-def test_too_few_tokens_or_no_importance_mean_plain_statistics() -> None:
-    assert shared_weights([heavy_tailed()], 2048) is None
-    assert shared_weights([torch.zeros(4096)], 64) is None
+def test_no_importance_means_plain_statistics() -> None:
+    assert shared_weights([torch.zeros(4096)]) is None
+    alone, beside = shared_weights([heavy_tailed()]), shared_weights([heavy_tailed(), torch.zeros(4096)])
+    assert alone is not None and beside is not None
+    assert torch.equal(alone, beside)
