@@ -33,10 +33,12 @@ OURS: dict[str, dict[str, list[str]]] = {
         "AWQ, plain tokens": ["--method", "awq", "--importance", "none"],
         "AWQ then GPTQ": ["--method", "awq", "--solver", "gptq"],
         "GPTQ asymmetric": ["--method", "gptq", "--asymmetric"],
+        "INT4": ["--method", "int4"],
     },
     "smoothquant": {
         "SmoothQuant auto": ["--method", "smoothquant", "--alpha", "auto"],
-        "SmoothQuant 0.5": ["--method", "smoothquant", "--alpha", "0.5"],
+        "SmoothQuant auto, plain tokens": ["--method", "smoothquant", "--alpha", "auto", "--importance", "none"],
+        "SmoothQuant 0.5, plain tokens": ["--method", "smoothquant", "--alpha", "0.5", "--importance", "none"],
         "INT8": ["--method", "int8"],
     },
 }
@@ -58,8 +60,8 @@ def run(command: list[str]) -> tuple[str, float]:
 def ours(args: argparse.Namespace, name: str, options: list[str], ids: Path, out: Path) -> dict[str, Any]:
     """Quantize with fewbits."""
     grouped = [] if name.startswith(("Smooth", "INT8")) else ["--group-size", str(args.group_size)]
-    calibrated = [] if name == "INT8" else ["--calibration", str(ids), "--samples", str(args.samples)]
-    calibrated += [] if name == "INT8" else ["--length", str(args.length)]
+    calibrated = ["--calibration", str(ids), "--samples", str(args.samples), "--length", str(args.length)]
+    calibrated = [] if name in ("INT4", "INT8") else calibrated
     start = "from fewbits.cli.main import run; run()"
     command = [sys.executable, "-c", start, "quantize", args.model, str(out), *options, *grouped, *calibrated, "--json"]
     printed, elapsed_s = run(command)
@@ -117,6 +119,7 @@ def main() -> None:
                 "top1": round(evaluation.top1, 4), **rows[name],
             }  # fmt: skip
             print(json.dumps(row), flush=True)
+            RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as results:
                 results.write(json.dumps(row) + "\n")
 
