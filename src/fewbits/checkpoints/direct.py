@@ -72,7 +72,7 @@ class DirectFile:
             done = 0
             while done < piece.size:
                 try:
-                    done += os.pwrite(self._direct, buffer[done : piece.size], position + begin + done)
+                    done += os.pwrite(self._direct, buffer.data[done : piece.size], position + begin + done)
                 except OSError as error:
                     # Its blocks are larger than ours, or it only learns at the first write that it cannot.
                     if error.errno != errno.EINVAL:
