@@ -101,7 +101,8 @@ class Conversion:
                 return work
 
             try:
-                team.run(min(thread_count(), MOST_THREADS, len(jobs)), prepare, watch)
+                # One more than compute at once: another waits for the disk.
+                team.run(min(thread_count() + 1, MOST_THREADS, len(jobs)), prepare, watch)
             finally:
                 closer.finish()
                 for shard in opened:

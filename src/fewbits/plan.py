@@ -24,7 +24,8 @@ from fewbits.patterns import Overrides, nearest_layer
 from fewbits.schemes import Scheme
 
 COMMON_GROUP_SIZES = (32, 64, 128, 256)
-TILE_BYTES = 16 * 2**20
+# Small enough to stay in the cache between reading, rounding and hashing.
+TILE_BYTES = 4 * 2**20
 # Interpreter, torch and compiled kernels; measured on Linux with torch 2.13 (bench/streaming.py).
 PROCESS_BYTES = 320 * 2**20
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbits.checkpoints.buffers import bytes_of, contiguous
+from fewbits.checkpoints.direct import DirectFile
 from fewbits.errors import OutputError
 from fewbits.layout import Shard
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from fewbits.checkpoints.buffers import Content
 
 UNFINISHED_SUFFIX = ".unfinished"
-# macOS refuses to write 2 GiB or more at once, and Linux stops short of it.
-LARGEST_WRITE = 2**30
 # What the kernel says where space cannot be set aside; the file is then simply written.
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
@@ -84,10 +83,12 @@ class ShardWriter:
         self._written = dict.fromkeys(self._sizes, 0)
         self._digests = {name: hashlib.sha256() for name in self._sizes}
         self._descriptor = -1
+        self._direct: DirectFile | None = None
         try:
             self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._reserve()
-            self._write_at(memoryview(shard.header()), 0)
+            self._direct = DirectFile(self._temporary, self._descriptor)
+            self._direct.write_at(memoryview(shard.header()), 0)
         except OSError as error:
             self.abort()
             raise output_error(self._final, error, shard.nbytes) from error
@@ -117,16 +118,12 @@ class ShardWriter:
         if written + len(view) > size:
             raise ValueError(f"{name}: {size - written} bytes of {size} are left to write, got {len(view)}")
         try:
-            self._write_at(view, self.shard.offsets[name] + byte_offset)
+            assert self._direct is not None
+            self._direct.write_at(view, self.shard.offsets[name] + byte_offset)
         except OSError as error:
             raise output_error(self._final, error, self.shard.nbytes) from error
         self._digests[name].update(view)
         self._written[name] = written + len(view)
-
-    def _write_at(self, view: memoryview, position: int) -> None:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._descriptor, view[done : done + LARGEST_WRITE], position + done)
 
     def close(self) -> dict[str, str]:
         """Bring the file to the disk and give it its name; return the SHA-256 of each tensor's bytes.
@@ -140,8 +137,7 @@ class ShardWriter:
                 raise ValueError(f"{self.shard.file}: {name} has {self._written[name]} of {size} bytes")
         try:
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._close_file()
             self._temporary.replace(self._final)
             sync_folder(self._final.parent)
         except OSError as error:
@@ -151,6 +147,11 @@ class ShardWriter:
     def abort(self) -> None:
         """Give the shard up: close and delete the unfinished file. Harmless after `close`."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._close_file()
             self._temporary.unlink(missing_ok=True)
+
+    def _close_file(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+        os.close(self._descriptor)
+        self._descriptor = -1
