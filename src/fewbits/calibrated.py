@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from fewbits.allocator import map_large_blocks
 from fewbits.block_run import Timings, TokenWeights
 from fewbits.calibrate import BlockDone, bytes_in_flight, micro_batch_size, run_blocks
 from fewbits.calibration import Calibration
@@ -73,6 +74,7 @@ class CalibratedConversion:
         todo = sorted(block for block, work in blocks.items() if work.number in missing)
         if not todo:
             return
+        map_large_blocks()
         self._planned = {layer.name: layer for layer in self.plan.quantized}
         states = self._states(todo[0])
         first = 0 if states is None else states.block + 1

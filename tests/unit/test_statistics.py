@@ -47,6 +47,37 @@ def test_weights_count_in_the_gram_and_nowhere_else(width: int) -> None:
     assert np.array_equal(found.absmax.double().numpy(), np.abs(exact).max(0))
 
 
+def weighted_gram(rows: torch.Tensor, weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What is found, made whole, and what fp64 finds."""
+    accumulator = StatisticsAccumulator(rows.shape[1])
+    for part, part_weights in zip(torch.split(rows, 601), torch.split(weights, 601), strict=True):
+        accumulator.add(part, part_weights)
+    exact = rows.double().numpy()
+    return accumulator.finish().gram.double().numpy(), exact.T @ (exact * weights.double().numpy()[:, None])
+
+
+@pytest.mark.parametrize("width", [1, 47, 49, 300])
+def test_weighted_bf16_rows_are_off_by_no_more_than_their_rounding(width: int) -> None:
+    rows, weights = rows_of(1201, width, torch.bfloat16), torch.rand(1201, generator=torch.Generator().manual_seed(3))
+    found, exact = weighted_gram(rows, weights)
+    sizes = rows.double().abs().numpy()
+    bound = (2 * 2.0**-9 + 1e-5) * (sizes.T @ (sizes * weights.double().numpy()[:, None]))
+    assert bool((np.abs(found - exact) <= bound).all())
+
+
+def test_rounding_weighted_bf16_rows_adds_some_millionths_of_the_diagonal_and_takes_nothing_away() -> None:
+    """Seen where nothing hides it: in directions that no row goes into."""
+    generator = torch.Generator().manual_seed(5)
+    seen = torch.randint(-7, 8, (6000, 8), generator=generator).float()
+    mixed = seen @ torch.randint(-3, 4, (8, 96), generator=generator).float()
+    rows, weights = mixed.bfloat16(), torch.rand(6000, generator=generator)
+    assert torch.equal(rows.float(), mixed)
+    found, exact = weighted_gram(rows, weights)
+    unseen = np.linalg.eigh(exact)[1][:, :88]
+    added = np.linalg.eigvalsh(unseen.T @ found @ unseen) / np.diag(exact).mean()
+    assert added.min() > -1e-6 and added.max() < 5e-6
+
+
 def test_weights_of_one_change_nothing_and_their_number_must_fit() -> None:
     rows = rows_of(50, 16)
     plain, weighted = StatisticsAccumulator(16), StatisticsAccumulator(16)
@@ -60,19 +91,21 @@ def test_weights_of_one_change_nothing_and_their_number_must_fit() -> None:
 def test_nothing_seen_is_all_zeros_and_nan_stays_visible() -> None:
     nothing = StatisticsAccumulator(8).finish()
     assert nothing.tokens == 0 and nothing.effective_tokens == 0 and bool((nothing.gram == 0).all())
-    poisoned = StatisticsAccumulator(8)
-    poisoned.add(torch.tensor([[torch.nan] + [1.0] * 7]))
-    assert bool(poisoned.finish().absmax.isnan().any())
+    for dtype in (torch.float32, torch.bfloat16):
+        poisoned = StatisticsAccumulator(8)
+        poisoned.add(torch.tensor([[torch.nan] + [1.0] * 7], dtype=dtype))
+        assert poisoned.finish().absmax.isnan().tolist() == [True] + [False] * 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [96, 1100])
-def test_one_thread_and_two_give_the_same_bits(width: int) -> None:
+def test_one_thread_and_two_give_the_same_bits(width: int, dtype: torch.dtype) -> None:
     before, grams = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             accumulator = StatisticsAccumulator(width)
-            accumulator.add(rows_of(900, width))
+            accumulator.add(rows_of(900, width, dtype))
             grams.append(accumulator.finish().gram)
     finally:
         torch.set_num_threads(before)

@@ -55,6 +55,8 @@ class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
 
 
 _BFloat._create_instance()
+# As dot products take them: 16 pairs, the two of a pair multiplied with the two of another.
+PAIRS_OF_BF16 = ir.VectorType(_BFloat(), CODES)
 
 
 class Lanes(types.Type):  # type: ignore[misc]
@@ -80,13 +82,15 @@ def _splat(vector: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(vector, [value] * vector.count)
 
 
-def _load(builder: Any, address: Any, kind: ir.Type) -> Any:
+def load(builder: Any, address: Any, kind: ir.Type) -> Any:
+    """What lies at an address, wherever that is."""
     loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
     loaded.align = 1
     return loaded
 
 
-def _call(builder: Any, name: str, result: ir.Type, arguments: list[Any], flags: tuple[str, ...] = ()) -> Any:
+def call(builder: Any, name: str, result: ir.Type, arguments: list[Any], flags: tuple[str, ...] = ()) -> Any:
+    """A call of one of the compiler's own functions."""
     signature = ir.FunctionType(result, [argument.type for argument in arguments])
     function = cgutils.get_or_insert_function(builder.module, signature, name)
     return builder.call(function, arguments, fastmath=flags)
@@ -96,9 +100,7 @@ def _to_bf16(builder: Any, wide: Any) -> Any:
     """fp32 <32> that bf16 holds exactly, to its bits."""
     if HAS_BF16:
         halves = [builder.shuffle_vector(wide, wide, _indices(range(at, at + 16))) for at in (0, 16)]
-        packed = _call(
-            builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(_BFloat(), 32), [halves[1], halves[0]]
-        )
+        packed = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS_OF_BF16, [halves[1], halves[0]])
         return builder.bitcast(packed, Bf16Lanes.vector)
     bits = builder.bitcast(wide, ir.VectorType(_I32, CODES))
     return builder.trunc(builder.lshr(bits, _splat(ir.VectorType(_I32, CODES), 16)), Bf16Lanes.vector)
@@ -168,9 +170,9 @@ def _decode_fp8_by_table(builder: Any, address: Any) -> list[Any]:
     lane = ByteLanes.vector
     tables = [[ir.Constant(lane, half[:64]), ir.Constant(lane, half[64:])] for half in _fp8_table()]
     for offset in (0, 64):
-        stored = _load(builder, builder.add(address, ir.Constant(_I64, offset)), lane)
+        stored = load(builder, builder.add(address, ir.Constant(_I64, offset)), lane)
         low, high = (
-            _call(builder, "llvm.x86.avx512.vpermi2var.qi.512", lane, [first, stored, second])
+            call(builder, "llvm.x86.avx512.vpermi2var.qi.512", lane, [first, stored, second])
             for first, second in tables
         )
         high = builder.or_(high, builder.and_(stored, _splat(lane, 0x80)))
@@ -184,7 +186,7 @@ def _decode_fp8(builder: Any, address: Any) -> list[Any]:
     word, vectors = Bf16Lanes.vector, []
     for offset in range(0, BLOCK, CODES):
         at = builder.add(address, ir.Constant(_I64, offset))
-        wide = builder.zext(_load(builder, at, ir.VectorType(_I8, CODES)), word)
+        wide = builder.zext(load(builder, at, ir.VectorType(_I8, CODES)), word)
         magnitude = builder.and_(builder.shl(wide, _splat(word, 7)), _splat(word, 0x3F80))
         sign = builder.and_(builder.shl(wide, _splat(word, 8)), _splat(word, 0x8000))
         # In a half's bits, the value is 2^-8 of what it should be.
@@ -197,7 +199,7 @@ def _decode_fp8(builder: Any, address: Any) -> list[Any]:
 
 def _decode_int8(builder: Any, address: Any) -> list[Any]:
     four = ir.VectorType(_I32, CODES)
-    stored = _load(builder, address, four)
+    stored = load(builder, address, four)
     vectors = []
     for j in range(4):
         code = builder.ashr(builder.shl(stored, _splat(four, 24 - 8 * j)), _splat(four, 24))
@@ -207,7 +209,7 @@ def _decode_int8(builder: Any, address: Any) -> list[Any]:
 
 def _decode_fields(builder: Any, address: Any, bits: int) -> list[Any]:
     word = Bf16Lanes.vector
-    stored = _load(builder, address, ir.VectorType(_I8, BLOCK // 8 * bits))
+    stored = load(builder, address, ir.VectorType(_I8, BLOCK // 8 * bits))
     vectors = []
     shared = None
     for j in range(4):
@@ -245,7 +247,7 @@ def _scales(builder: Any, decoder: Decoder, address: Any) -> Any:
     """One scale for each of 16 sums, from neighbours in memory."""
     count = 16 // decoder.lanes
     stored = {"f32": _F32, "bf16": _I16, "f16": ir.HalfType()}[decoder.scales]
-    loaded = _load(builder, address, ir.VectorType(stored, count))
+    loaded = load(builder, address, ir.VectorType(stored, count))
     wide = ir.VectorType(_F32, count)
     if decoder.scales == "bf16":
         words = ir.VectorType(_I32, count)
@@ -267,12 +269,12 @@ def add_block(typing_context: Any, decoder: Any, sums: Any, codes: Any, x_at: An
         _, sums, codes, x_at, scales_at = arguments
         products = ir.Constant(Sums.vector, None) if decoder.lanes else sums
         for j in range(4):
-            x = _load(builder, builder.add(x_at, ir.Constant(_I64, 2 * CODES * j)), Bf16Lanes.vector)
+            x = load(builder, builder.add(x_at, ir.Constant(_I64, 2 * CODES * j)), Bf16Lanes.vector)
             products = _add_products(builder, products, builder.extract_value(codes, j), x)
         if not decoder.lanes:
             return products
         scales = _scales(builder, decoder, scales_at)
-        return _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [products, scales, sums])
+        return call(builder, "llvm.fmuladd.v16f32", Sums.vector, [products, scales, sums])
 
     return Sums(decoder, Sums, codes, types.int64, types.int64), generate
 
@@ -280,16 +282,15 @@ def add_block(typing_context: Any, decoder: Any, sums: Any, codes: Any, x_at: An
 def _add_products(builder: Any, sums: Any, codes: Any, x: Any) -> Any:
     """Sums + codes · x: each of 16 sums takes two products of bf16 numbers."""
     if HAS_BF16:
-        pair = ir.VectorType(_BFloat(), CODES)
-        operands = [sums, builder.bitcast(codes, pair), builder.bitcast(x, pair)]
-        return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", Sums.vector, operands)
+        operands = [sums, builder.bitcast(codes, PAIRS_OF_BF16), builder.bitcast(x, PAIRS_OF_BF16)]
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", Sums.vector, operands)
     words = ir.VectorType(_I32, 16)
     left, right = builder.bitcast(codes, words), builder.bitcast(x, words)
     even = [builder.bitcast(builder.shl(side, _splat(words, 16)), Sums.vector) for side in (left, right)]
     mask = _splat(words, 0xFFFF0000)
     odd = [builder.bitcast(builder.and_(side, mask), Sums.vector) for side in (left, right)]
-    sums = _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*even, sums])
-    return _call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*odd, sums])
+    sums = call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*even, sums])
+    return call(builder, "llvm.fmuladd.v16f32", Sums.vector, [*odd, sums])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -297,7 +298,7 @@ def bytes_at(typing_context: Any, address: Any) -> Any:
     """64 bytes at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _load(builder, arguments[0], ByteLanes.vector)
+        return load(builder, arguments[0], ByteLanes.vector)
 
     return ByteLanes(types.int64), generate
 
@@ -310,7 +311,7 @@ def fetch(typing_context: Any, address: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], _I8.as_pointer())
         # For reading, into the second-level cache, as data.
         flags = [ir.Constant(_I32, flag) for flag in (0, 2, 1)]
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
         return context.get_dummy_value()
 
     return types.none(types.int64), generate
@@ -344,7 +345,7 @@ def add_byte_products(typing_context: Any, sums: Any, unsigned: Any, signed: Any
         sums, unsigned, signed = arguments
         if HAS_VNNI:
             operands = [sums, unsigned, signed]
-            return _call(builder, "llvm.x86.avx512.vpdpbusd.512", IntSums.vector, operands)
+            return call(builder, "llvm.x86.avx512.vpdpbusd.512", IntSums.vector, operands)
         wide = ir.VectorType(_I32, 64)
         products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
         for quarter in range(4):
@@ -361,9 +362,9 @@ def total_of(typing_context: Any, sums: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if signature.args[0] == IntSums:
-            return _call(builder, "llvm.vector.reduce.add.v16i32", _I32, [arguments[0]])
+            return call(builder, "llvm.vector.reduce.add.v16i32", _I32, [arguments[0]])
         zero = ir.Constant(_F32, -0.0)
-        return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [zero, arguments[0]], ("reassoc",))
+        return call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, [zero, arguments[0]], ("reassoc",))
 
     result = types.int32 if sums == IntSums else types.float32
     return result(sums), generate

@@ -17,6 +17,8 @@ DAMPING = 0.01
 DAMPING_STEPS = 5
 # Triangles this wide are inverted by substitution, wider ones by halves.
 SMALL_TRIANGLE = 256
+# Numbers turned around at a time.
+REVERSED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,41 @@ def inverse_factor(H: torch.Tensor, damping: float = DAMPING) -> Factor | None:
 
 
 def _inverse_upper(H: torch.Tensor, added: float) -> torch.Tensor | None:
-    damped = H.flip(0, 1)
-    damped.diagonal().add_(added)
-    L, failed = torch.linalg.cholesky_ex(damped)
-    # Let go of as they come: matrices this large set the peak memory of a whole run.
-    del damped
+    # One matrix for everything from here on: those this large set the peak memory of a whole run.
+    memory = H.flip(0, 1)
+    memory.diagonal().add_(added)
+    L, failed = memory.T, torch.empty((), dtype=torch.int32)
+    # By columns, as LAPACK has it, L may replace what it is a factor of.
+    torch.linalg.cholesky_ex(L, out=(L, failed))
     if failed.item() or not torch.isfinite(L.diagonal()).all():
         return None
-    M = L.flip(0, 1)
-    del L
-    U = torch.zeros_like(M, memory_format=torch.contiguous_format)
+    _reverse(memory.view(-1))
+    U = memory.T
     with fast_fp32():
-        _invert_upper(M, U)
+        _invert_upper(U)
     return U if bool(torch.isfinite(U).all()) else None
 
 
-def _invert_upper(M: torch.Tensor, U: torch.Tensor) -> None:
-    """Write the inverse of the upper triangular M into U, zeros so far: [[A, B], [0, C]]⁻¹ has −A⁻¹ B C⁻¹ on top."""
+def _reverse(numbers: torch.Tensor) -> None:
+    """Reverse their order in place, which turns a matrix by half a turn."""
+    count = len(numbers)
+    for start in range(0, count // 2, REVERSED):
+        front = slice(start, min(start + REVERSED, count // 2))
+        back = slice(count - front.stop, count - front.start)
+        kept = numbers[front].flip(0)
+        numbers[front] = numbers[back].flip(0)
+        numbers[back] = kept
+
+
+def _invert_upper(M: torch.Tensor) -> None:
+    """Invert the upper triangular M in place: [[A, B], [0, C]]⁻¹ has −A⁻¹ B C⁻¹ on top."""
     size = len(M)
     if size <= SMALL_TRIANGLE:
-        torch.linalg.solve_triangular(M, torch.eye(size, dtype=M.dtype, device=M.device), upper=True, out=U)
+        M.copy_(torch.linalg.solve_triangular(M, torch.eye(size, dtype=M.dtype, device=M.device), upper=True))
         return
     half = size // 2
     first, rest = slice(0, half), slice(half, size)
-    _invert_upper(M[first, first], U[first, first])
-    _invert_upper(M[rest, rest], U[rest, rest])
-    torch.mm(U[first, first] @ M[first, rest], U[rest, rest], out=U[first, rest])
-    U[first, rest].neg_()
+    _invert_upper(M[first, first])
+    _invert_upper(M[rest, rest])
+    M[first, rest] = (M[first, first] @ M[first, rest]) @ M[rest, rest]
+    M[first, rest].neg_()
