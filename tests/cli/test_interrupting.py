@@ -15,7 +15,7 @@ import torch
 
 from tiny_models import write_source
 
-BLOCKS = 120
+BLOCKS = 300
 COMMAND = [sys.executable, "-c", "from fewbits.cli.main import run; run()"]
 
 
