@@ -16,7 +16,8 @@ import torch
 from fewbits.errors import CheckpointError, QuantizationError
 from fewbits.notes import Note
 from fewbits.skeleton import find_blocks
-from fewbits.token_step import Seen, TokenStep, why_not
+from fewbits.token_parts import why_not
+from fewbits.token_step import Seen, TokenStep
 
 
 @dataclass(frozen=True)

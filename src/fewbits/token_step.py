@@ -1,74 +1,43 @@
-"""Token step: one token through a model of the usual kind of blocks with a call for each linear and little else.
+"""Token step: one token through a model of the usual kind of blocks as one program of compiled steps.
 
-transformers spends most of a small model's time between the linears. Here a block is found by its parts (norms, q, k,
-v, o, gate, up, down), and what lies between them is compiled. Nothing is taken on trust: on every prompt, each block,
-the embedding and the head must give what the model itself just gave for the prompt's last token; else the model runs.
+transformers spends most of a small model's time between the linears. Here the parts of every block (token_parts) become
+steps of one program (kernels.team), which the threads go through without coming back to Python; only a linear that no
+compiled kernel multiplies is called in between. Nothing is taken on trust: on every prompt, each block, the embedding
+and the head must give what the model itself just gave for the prompt's last token; else the model runs.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fewbits.errors import CalibrationError
-from fewbits.kernels import one_token
-from fewbits.kernels.compiling import Array, as_numpy
-from fewbits.kernels.one_token_attention import Attention
+from fewbits.kernels import one_token as between
+from fewbits.kernels import one_token_attention as attending
+from fewbits.kernels.compiling import Array
+from fewbits.kernels.few_tokens_run import few_tokens_bf16
+from fewbits.kernels.one_token import bits_of
+from fewbits.kernels.spec import Compiled, Run
+from fewbits.kernels.team import Program, Work
 from fewbits.linear import QuantLinear
 from fewbits.skeleton import find_blocks
 from fewbits.stacked import stacked
+from fewbits.token_parts import Norm, Parts, norm_of, parts_of, rotation
 
-ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
-MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 # bf16 keeps 8 bits, and a block rounds some ten times on the way; a wrong structure is off by tens of percent.
 TOLERANCE = 0.06
 ULP = 2.0**-7
-NONE = np.empty(0, np.float32)
+# Channels of a gate worth handing out.
+GATE_PIECE = 256
 
-
-@dataclass(frozen=True)
-class Norm:
-    """A root mean square norm by what it does: weights (1 + w counted in) and eps."""
-
-    weight: Array
-    eps: np.float32
-
-
-# Outputs of linears that share an input, one array each.
-Products = Callable[[torch.Tensor], list[Array]]
-
-
-@dataclass
-class Block:
-    """The parts of one decoder block."""
-
-    before_attention: Norm
-    after_attention: Norm | None
-    before_mlp: Norm
-    after_mlp: Norm | None
-    key_norm: Norm | None
-    attended: Products
-    gated: Products
-    mixing: nn.Module
-    down: nn.Module
-    gate: Any
-    attention: Attention
-    window: int | None
-    cosines: Array
-    sines: Array
-    keys: Array
-    values: Array
+# A block of a program, or a call that is not compiled.
+Item = Array | Callable[[], object]
 
 
 @dataclass
@@ -79,46 +48,20 @@ class Seen:
     outputs: list[torch.Tensor]
 
 
-def why_not(model: Any) -> str | None:
-    """Why this model's tokens can't take the short way, or None."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
-        return f"it is compiled for bf16 on the CPU, not {model.dtype} on {model.device.type}".replace("torch.", "")
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "modules have hooks"
-    try:
-        prefix, blocks = find_blocks(model)
-    except CalibrationError:
-        return "no list of blocks"
-    decoder = model.get_submodule(prefix.rpartition(".")[0])
-    for part in ("embed_tokens", "norm", "rotary_emb"):
-        if not hasattr(decoder, part):
-            return f"{type(decoder).__name__} has no {part}"
-    if not isinstance(getattr(model, "lm_head", None), nn.Linear | QuantLinear):
-        return "the head is no linear"
-    rotary = getattr(decoder.rotary_emb, "rope_type", "default")
-    if any(kind not in FIXED_ROTARY for kind in (rotary.values() if isinstance(rotary, dict) else [rotary])):
-        return f"{rotary} rotary embeddings change with the length"
-    return next((reason for block in blocks if (reason := _why_not_block(block, model.config))), None)
+@dataclass(frozen=True)
+class Update:
+    """What a block leaves to be added to the residual: bf16 [width], normed first if there is a norm."""
+
+    values: torch.Tensor
+    norm: Norm | None
 
 
-def _why_not_block(block: nn.Module, config: Any) -> str | None:
-    parts = dict(block.named_children())
-    attention, mlp = parts.pop("self_attn", None), parts.pop("mlp", None)
-    if attention is None or mlp is None or not {"input_layernorm", "post_attention_layernorm"} <= set(parts):
-        return f"{type(block).__name__} is built of other parts"
-    strange = [name for name in parts if not name.endswith("layernorm")]
-    strange += [name for name, _ in attention.named_children() if name not in ATTENTION_PARTS]
-    strange += [name for name, _ in mlp.named_children() if name not in MLP_PARTS]
-    if strange:
-        return f"{type(block).__name__} has a {strange[0]}"
-    needed = [(attention, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))]
-    for owner, names in needed:
-        for name in names:
-            if not isinstance(getattr(owner, name, None), nn.Linear | QuantLinear):
-                return f"{type(owner).__name__} has no linear {name}"
-    if getattr(config, "sliding_window", None) and not hasattr(attention, "sliding_window"):
-        return f"{type(attention).__name__} does not say which layers slide"
-    return None if _gate_of(mlp) is not None else f"{type(mlp).__name__} has another activation than silu and gelu"
+class Cache:
+    """Keys and values of one block, bf16 [heads, capacity, width]."""
+
+    def __init__(self, parts: Parts, capacity: int) -> None:
+        heads = parts.attended[1].out_features // parts.head_width  # type: ignore[operator]
+        self.keys, self.values = torch.zeros((2, int(heads), capacity, parts.head_width), dtype=torch.bfloat16)
 
 
 class TokenStep:
@@ -128,59 +71,56 @@ class TokenStep:
     """
 
     def __init__(self, model: Any, capacity: int) -> None:
-        self._model = model
         prefix, found = find_blocks(model)
-        blocks: list[Any] = list(found)
         self._decoder = model.get_submodule(prefix.rpartition(".")[0])
-        self._final = _norm_of(self._decoder.norm)
-        rotations: dict[Any, tuple[Array, Array]] = {}
-        scratch = np.zeros(
-            (max(_heads(block) for block in blocks), capacity + blocks[0].self_attn.head_dim), np.float32
-        )
-        self._blocks = [self._block(block, capacity, rotations, scratch) for block in blocks]
+        self._blocks = [parts_of(block) for block in found]
+        self._caches = [Cache(parts, capacity) for parts in self._blocks]
+        self._capacity = capacity
+        # Addresses of all these are in the program.
+        self._kept: list[object] = [self._blocks]
+        self._rotations: dict[str | None, tuple[Array, Array]] = {}
         width = self._blocks[0].before_attention.weight.size
-        heads = max(block.self_attn.q_proj.out_features for block in blocks)
-        inner = max(block.mlp.gate_proj.out_features for block in blocks)
         self._x = np.zeros(width, np.float32)
-        self._hidden = torch.zeros(1, width, dtype=torch.bfloat16)
-        self._mixed = torch.zeros(1, heads, dtype=torch.bfloat16)
-        self._gated = torch.zeros(1, inner, dtype=torch.bfloat16)
-        self.position = 0
-
-    def _block(self, block: Any, capacity: int, rotations: dict[Any, tuple[Array, Array]], scratch: Array) -> Block:
-        attention, mlp = block.self_attn, block.mlp
-        gemma = hasattr(block, "pre_feedforward_layernorm")
-        kind = getattr(attention, "layer_type", None)
-        if kind not in rotations:
-            rotations[kind] = _rotation(self._decoder.rotary_emb, kind, capacity)
-        kv_heads = attention.k_proj.out_features // attention.head_dim
-        keys, values = np.zeros((2, kv_heads, capacity, attention.head_dim), np.float32)
-        weight, eps = _or_none(_norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None)
-        shared = _heads(block) // kv_heads
-        return Block(
-            before_attention=_norm_of(block.input_layernorm),
-            after_attention=_norm_of(block.post_attention_layernorm) if gemma else None,
-            before_mlp=_norm_of(block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm),
-            after_mlp=_norm_of(block.post_feedforward_layernorm) if gemma else None,
-            key_norm=_norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            attended=_joined([attention.q_proj, attention.k_proj, attention.v_proj]),
-            gated=_joined([mlp.gate_proj, mlp.up_proj]),
-            mixing=attention.o_proj,
-            down=mlp.down_proj,
-            gate=_gate_of(mlp),
-            attention=Attention(keys, values, weight, float(eps), attention.scaling, shared, scratch),
-            window=getattr(attention, "sliding_window", None),
-            cosines=rotations[kind][0],
-            sines=rotations[kind][1],
-            keys=keys,
-            values=values,
+        self._position = np.zeros(1, np.int64)
+        self._hidden = _row(width)
+        self._update = _row(width)
+        self._mixed = _row(max(_outputs(parts.attended[:1]) for parts in self._blocks))
+        self._scratch = torch.zeros(
+            max(
+                _outputs(parts.attended[:1]) // parts.head_width * (capacity + parts.head_width)
+                for parts in self._blocks
+            )
         )
+        self._heads = _row(max(_outputs(parts.attended) for parts in self._blocks))
+        self._both = _row(max(_outputs(parts.gated) for parts in self._blocks))
+        self._gated = _row(max(_outputs(parts.gated[:1]) for parts in self._blocks))
+        self._logits = torch.zeros(1, model.lm_head.out_features)
+        self._items = [self._block(parts, cache) for parts, cache in zip(self._blocks, self._caches, strict=True)]
+        final = norm_of(self._decoder.norm)
+        self._kept.append(final)
+        head = self._product([model.lm_head], self._hidden, self._logits)
+        self._head = [self._add_norm(None, final), *head]
+        items: list[Item] = []
+        update = None
+        for parts, block in zip(self._blocks, self._items, strict=True):
+            items += [self._add_norm(update, parts.before_attention), *block]
+            update = Update(self._update, parts.after_mlp)
+        self._all = _joined([*items, self._add_norm(update, final), *head])
+
+    @property
+    def position(self) -> int:
+        """Where the next token goes."""
+        return int(self._position[0])
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._position[0] = value
 
     def adopt(self, cache: Any, length: int) -> None:
         """Take over the first `length` positions of the cache that the model filled."""
-        for block, layer in zip(self._blocks, cache.layers, strict=True):
-            torch.from_numpy(block.keys)[:, :length].copy_(layer.keys[0, :, :length])
-            torch.from_numpy(block.values)[:, :length].copy_(layer.values[0, :, :length])
+        for own, layer in zip(self._caches, cache.layers, strict=True):
+            own.keys[:, :length].copy_(layer.keys[0, :, :length])
+            own.values[:, :length].copy_(layer.values[0, :, :length])
         self.position = length
 
     def differs(self, token: int, seen: Seen, logits: torch.Tensor) -> str | None:
@@ -188,128 +128,151 @@ class TokenStep:
         embedded = self._embedded(token)
         if not _alike(embedded, seen.inputs[0][0], embedded * 0):
             return "the embedding"
-        for index, block in enumerate(self._blocks):
+        for index, (parts, block) in enumerate(zip(self._blocks, self._items, strict=True)):
             given = seen.inputs[index].float().numpy().reshape(-1)
             self._x[:] = given
-            update = self._through(block, self._x, None, None)
-            _add(self._x, update, block.after_mlp)
+            update = Update(self._update, parts.after_mlp)
+            _run(_joined([self._add_norm(None, parts.before_attention), *block, self._add_norm(update, None)]))
             if not _alike(self._x, seen.outputs[index], given):
                 return f"block {index}"
         self._x[:] = seen.outputs[-1].float().numpy().reshape(-1)
-        found = self._head().float()
+        _run(_joined(self._head))
         scale = (logits - logits.mean()).norm()
-        return None if float((found - logits).norm()) <= TOLERANCE * float(scale) else "the head"
+        return None if float((self._logits[0] - logits).norm()) <= TOLERANCE * float(scale) else "the head"
 
     def __call__(self, token: int) -> torch.Tensor:
-        """Logits [vocabulary] after one more token."""
+        """Logits [vocabulary] after one more token; the next call writes over them."""
         self._x[:] = self._embedded(token)
-        update, norm = None, None
-        with _own_products():
-            for block in self._blocks:
-                update = self._through(block, self._x, update, norm)
-                norm = block.after_mlp
-            _add(self._x, update, norm)
-            logits = self._head()
-        self.position += 1
-        return logits
+        _run(self._all)
+        self._position += 1
+        return self._logits[0]
 
     def _embedded(self, token: int) -> Array:
         values: Array = self._decoder.embed_tokens(torch.tensor([token])).float().numpy()[0]
         return values
 
-    def _head(self) -> torch.Tensor:
-        one_token.normed(self._x, self._final.weight, self._final.eps, as_numpy(self._hidden)[0])
-        logits: torch.Tensor = self._model.lm_head(self._hidden)[0]
-        return logits
+    def _block(self, parts: Parts, cache: Cache) -> list[Item]:
+        """One block after its first norm, but for adding its last update, which is left to what comes next."""
+        channels = _outputs(parts.gated[:1])
+        both, gated = self._both[:, : 2 * channels], self._gated[:, :channels]
+        gate = Work(between.between(parts.gate), {}, GATE_PIECE).step(channels, {
+            between.GATE_AT: both.data_ptr(), between.UP_AT: both[:, channels:].data_ptr(),
+            between.GATED_AT: gated.data_ptr(),
+        })  # fmt: skip
+        return [
+            *self._attention(parts, cache),
+            self._add_norm(Update(self._update, parts.after_attention), parts.before_mlp),
+            *self._product(parts.gated, self._hidden, both),
+            gate,
+            *self._product([parts.down], gated, self._update),
+        ]
 
-    def _through(self, block: Block, x: Array, update: Array | None, norm: Norm | None) -> Array:
-        """One block, but for adding its last update, which is left to what comes next."""
-        _add(x, update, norm)
-        hidden, position = as_numpy(self._hidden)[0], self.position
-        one_token.normed(x, block.before_attention.weight, block.before_attention.eps, hidden)
-        q, k, v = block.attended(self._hidden)
-        cosines, sines = block.cosines[position], block.sines[position]
-        weight, eps = _or_none(block.key_norm)
-        one_token.remember(k, v, weight, eps, cosines, sines, block.keys, block.values, position)
-        first = 0 if block.window is None else max(0, position + 1 - block.window)
-        block.attention(q.ctypes.data, cosines, sines, first, position, self._mixed.data_ptr())
-        _add(x, _product(block.mixing, self._mixed[:, : q.size]), block.after_attention)
-        one_token.normed(x, block.before_mlp.weight, block.before_mlp.eps, hidden)
-        gate, up = block.gated(self._hidden)
-        gated = self._gated[:, : gate.size]
-        block.gate(gate, up, as_numpy(gated)[0])
-        return _product(block.down, gated)
+    def _attention(self, parts: Parts, cache: Cache) -> list[Item]:
+        """From the normed input to the update."""
+        width, (queries, keys) = parts.head_width, (_outputs(parts.attended[:1]), _outputs(parts.attended[1:2]))
+        heads, mixed = self._heads[:, : _outputs(parts.attended)], self._mixed[:, :queries]
+        if parts.kind not in self._rotations:
+            self._rotations[parts.kind] = rotation(self._decoder.rotary_emb, parts.kind, self._capacity)
+        cosines, sines = self._rotations[parts.kind]
+        shared = {
+            between.HEAD_WIDTH: width, between.COSINES_AT: cosines.ctypes.data, between.SINES_AT: sines.ctypes.data,
+            between.ROTATED: cosines.shape[1], between.KEYS_AT: cache.keys.data_ptr(),
+            between.VALUES_AT: cache.values.data_ptr(), between.CAPACITY: self._capacity,
+            between.POSITION_AT: self._position.ctypes.data,
+        }  # fmt: skip
+        remember = Work(between.between("remember"), shared).step(keys // width, {
+            between.HEADS_AT: heads[:, queries:].data_ptr(),
+            between.NEW_VALUES_AT: heads[:, queries + keys :].data_ptr(),
+            **_norm(parts.key_norm, between.NORM_AT, between.NORM_EPS),
+        })  # fmt: skip
+        attend = Work(attending.attention(), shared).step(queries // width, {
+            between.HEADS_AT: heads.data_ptr(), **_norm(parts.query_norm, between.NORM_AT, between.NORM_EPS),
+            attending.SCALING: bits_of(parts.scaling), attending.SHARED: queries // keys,
+            attending.WINDOW: parts.window or 0, attending.SCRATCH_AT: self._scratch.data_ptr(),
+            attending.OUT_AT: mixed.data_ptr(),
+        })  # fmt: skip
+        return [
+            *self._product(parts.attended, self._hidden, heads),
+            remember,
+            attend,
+            *self._product([parts.mixing], mixed, self._update),
+        ]
 
+    def _add_norm(self, update: Update | None, norm: Norm | None) -> Array:
+        """Add an update to the residual, and norm that for what comes next."""
+        fields = {
+            between.X_AT: self._x.ctypes.data, between.WIDTH: self._x.size,
+            **_norm(norm, between.WEIGHT_AT, between.EPS),
+            between.OUT_AT: 0 if norm is None else self._hidden.data_ptr(),
+        }  # fmt: skip
+        if update is not None:
+            fields[between.UPDATE_AT] = update.values.data_ptr()
+            fields |= _norm(update.norm, between.UPDATE_WEIGHT_AT, between.UPDATE_EPS)
+        return Work(between.between("add_norm"), {}).step(1, fields)
 
-@contextmanager
-def _own_products() -> Iterator[None]:
-    """ATen's own products in place of oneDNN's: at one row of bf16 they take half the time."""
-    enabled = torch._C._get_mkldnn_enabled()
-    # `torch.backends.mkldnn.flags` also sets what makes torch warn of GPUs that nobody asked for.
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-
-
-def _product(linear: nn.Module, x: torch.Tensor) -> Array:
-    row: Array = as_numpy(linear.forward(x))[0]
-    return row
-
-
-def _joined(linears: list[Any]) -> Products:
-    """One product where they are alike, else one each."""
-    one = stacked(linears, torch.bfloat16)
-    if one is None:
-        return lambda x: [_product(linear, x) for linear in linears]
-    edges = list(accumulate((linear.out_features for linear in linears), initial=0))
-    spans = [slice(start, stop) for start, stop in pairwise(edges)]
-
-    def split(x: torch.Tensor) -> list[Array]:
-        row = as_numpy(one(x))[0]
-        return [row[span] for span in spans]
-
-    return split
-
-
-def _add(x: Array, update: Array | None, norm: Norm | None) -> None:
-    if update is not None:
-        one_token.add(x, update, *_or_none(norm))
-
-
-def _or_none(norm: Norm | None) -> tuple[Array, np.float32]:
-    return (NONE, np.float32(0)) if norm is None else (norm.weight, norm.eps)
-
-
-def _heads(block: Any) -> int:
-    return int(block.self_attn.q_proj.out_features) // int(block.self_attn.head_dim)
-
-
-def _norm_of(module: Any) -> Norm:
-    """A norm's weights by what it makes of a vector: some multiply by w, some by 1 + w."""
-    eps = np.float32(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
-    x = torch.linspace(0.5, 2.0, module.weight.numel())
-    plain = x * torch.rsqrt(x.square().mean() + float(eps))
-    with torch.no_grad():
-        return Norm((module(x[None])[0].float() / plain).contiguous().numpy(), eps)
+    def _product(self, linears: Sequence[Any], x: torch.Tensor, out: torch.Tensor) -> list[Item]:
+        """What makes the outputs, side by side, of linears that share their input: one product where they are alike."""
+        run = _ready(linears)
+        if run is None:
+            edges = list(accumulate((linear.out_features for linear in linears), initial=0))
+            spans = zip(linears, pairwise(edges), strict=True)
+            return [item for linear, (start, stop) in spans for item in self._product([linear], x, out[:, start:stop])]
+        if not isinstance(run, Compiled):
+            return [lambda: out.copy_(run(x))]
+        steps = run.steps(x, out)
+        self._kept.append(steps)
+        return list(steps.blocks)
 
 
-def _gate_of(mlp: Any) -> Any:
-    """The compiled form of the gate's activation, by its values."""
-    x = torch.linspace(-4, 4, 33)
-    found = mlp.act_fn(x)
-    if torch.allclose(found, F.silu(x), atol=1e-5):
-        return one_token.silu_gate
-    return one_token.gelu_gate if torch.allclose(found, F.gelu(x, approximate="tanh"), atol=1e-5) else None
+def _ready(linears: Sequence[nn.Module]) -> Run | None:
+    """A product of them all; None if there is none for several at once."""
+    if all(isinstance(linear, QuantLinear) and linear.input_order is None for linear in linears):
+        joined = stacked(linears, torch.bfloat16)
+        if joined is not None:
+            return joined
+    if len(linears) > 1:
+        return None
+    linear: Any = linears[0]
+    if isinstance(linear, nn.Linear) and linear.weight.dtype == torch.bfloat16:
+        return few_tokens_bf16(linear.weight, linear.bias)
+    forward: Run = linear.forward
+    return forward
 
 
-def _rotation(rotary: Any, kind: str | None, capacity: int) -> tuple[Array, Array]:
-    """cos and sin [capacity, width] in fp32."""
-    options = {"layer_type": kind} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
-    with torch.no_grad():
-        cosines, sines = rotary(torch.zeros(1, 1), torch.arange(capacity)[None], **options)
-    return cosines[0].float().contiguous().numpy(), sines[0].float().contiguous().numpy()
+def _joined(items: Sequence[Item]) -> list[Program | Callable[[], object]]:
+    """Neighbouring steps as one program."""
+    joined: list[Program | Callable[[], object]] = []
+    steps: list[Array] = []
+    for item in items:
+        if isinstance(item, np.ndarray):
+            steps.append(item)
+            continue
+        joined += [Program(steps)] if steps else []
+        joined.append(item)
+        steps = []
+    return [*joined, Program(steps)] if steps else joined
+
+
+def _run(joined: Sequence[Program | Callable[[], object]]) -> None:
+    threads = torch.get_num_threads()
+    for part in joined:
+        if isinstance(part, Program):
+            part.run(threads)
+        else:
+            part()
+
+
+def _row(size: int) -> torch.Tensor:
+    return torch.zeros(1, size, dtype=torch.bfloat16)
+
+
+def _outputs(linears: Sequence[Any]) -> int:
+    return sum(int(linear.out_features) for linear in linears)
+
+
+def _norm(norm: Norm | None, weight_at: int, eps: int) -> dict[int, int]:
+    """A norm's fields."""
+    return {} if norm is None else {weight_at: norm.weight.ctypes.data, eps: bits_of(norm.eps)}
 
 
 def _alike(found: Array, expected: torch.Tensor, given: Array) -> bool:

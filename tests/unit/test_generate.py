@@ -14,8 +14,10 @@ import torch
 import fewbits
 from fewbits import Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantConfig, QuantizationError, QuantLinear, QuantMethod
 from fewbits.generate import Generator, Sampling, TextStream, prompt_tokens
+from fewbits.kernels import one_token as fields
+from fewbits.kernels import one_token_attention as attention
 from fewbits.kernels.one_token import exponential
-from fewbits.kernels.one_token_attention import Attention
+from fewbits.kernels.team import Program, Work
 from fewbits.skeleton import find_blocks
 from fewbits.stacked import stacked
 from tiny_llms import write_model
@@ -160,16 +162,22 @@ def test_a_chat_template_is_applied_unless_raw_text_is_asked_for() -> None:
 
 def test_compiled_attention_is_softmax_over_the_window() -> None:
     generator = torch.Generator().manual_seed(0)
-    keys, values = torch.randn(2, 2, 40, 16, generator=generator).numpy()
-    queries = torch.randn(6, 16, generator=generator).bfloat16()
-    cosines, sines = torch.ones(16).numpy(), torch.zeros(16).numpy()
-    scratch = torch.zeros(6, 40 + 16).numpy()
-    attention = Attention(keys, values, torch.empty(0).numpy(), 0.0, 0.25, 3, scratch)
-    for first, position in ((0, 0), (0, 37), (30, 36)):
-        out = torch.empty(6, 16, dtype=torch.bfloat16)
-        attention(queries.data_ptr(), cosines, sines, first, position, out.data_ptr())
+    keys, values = torch.randn(2, 2, 40, 16, generator=generator).bfloat16()
+    queries, out = torch.randn(6, 16, generator=generator).bfloat16(), torch.empty(6, 16, dtype=torch.bfloat16)
+    cosines, sines, scratch = torch.ones(40, 16), torch.zeros(40, 16), torch.zeros(6, 40 + 16)
+    for window, position in ((0, 0), (0, 37), (7, 36), (50, 5)):
+        at = torch.tensor([position])
+        step = Work(attention.attention(), {}).step(6, {
+            fields.HEADS_AT: queries.data_ptr(), fields.HEAD_WIDTH: 16, fields.COSINES_AT: cosines.data_ptr(),
+            fields.SINES_AT: sines.data_ptr(), fields.ROTATED: 16, fields.KEYS_AT: keys.data_ptr(),
+            fields.VALUES_AT: values.data_ptr(), fields.CAPACITY: 40, fields.POSITION_AT: at.data_ptr(),
+            attention.SCALING: fields.bits_of(0.25), attention.SHARED: 3, attention.WINDOW: window,
+            attention.SCRATCH_AT: scratch.data_ptr(), attention.OUT_AT: out.data_ptr(),
+        })  # fmt: skip
+        Program([step]).run(2)
+        first = max(0, position + 1 - window) if window else 0
         for head in range(6):
-            k, v = (torch.from_numpy(side[head // 3, first : position + 1]).double() for side in (keys, values))
+            k, v = (side[head // 3, first : position + 1].double() for side in (keys, values))
             expected = (k @ queries[head].double() * 0.25).softmax(0) @ v
             torch.testing.assert_close(out[head].double(), expected, rtol=2.0**-8, atol=2.0**-9)
 

@@ -6,24 +6,23 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
 from fewbits.kernels.memory import (
     BFLOAT16,
     FLOAT8,
-    address_of,
     as_bf16,
     half_as_float,
     number_at,
     pointer_to,
 )
-from fewbits.kernels.team import PIECE, ROWS, fetch_add
+from fewbits.kernels.team import OWN, WORDS, compiled_work
 
-# The block that a call passes: int64 fields after those of kernels.team.
+# The fields of a block.
 (
     CODES_AT, CODE_KIND, BITS, ROW_BYTES, COLUMNS, GROUPS, SCALES_AT, SCALE_KIND, ZEROS_AT, MIDPOINT, FIRST, OUT_AT,
-    OUT_KIND, FIELDS,
-) = range(3, 17)  # fmt: skip
+    OUT_KIND,
+) = range(OWN, OWN + 13)  # fmt: skip
 SIGNED, UNSIGNED = 0, 1
 
 
@@ -96,24 +95,20 @@ def _row(block: Any, row: Any, codes: Any, values: Any) -> None:
             _group(codes[run], scale, zero, values[run])
 
 
-def _work(pointer: Any) -> None:
-    block = carray(pointer, (FIELDS,), np.int64)
-    columns, rows, piece = block[COLUMNS], block[ROWS], block[PIECE]
+def _work(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    columns = block[COLUMNS]
     codes, own = np.zeros((columns + 7) // 8 * 8, np.uint8), np.empty(columns, np.float32)
-    while True:
-        start = fetch_add(address_of(pointer), piece)
-        if start >= rows:
-            return
-        for row in range(start, min(start + piece, rows)):
-            if block[OUT_KIND] == BFLOAT16:
-                _row(block, block[FIRST] + row, codes, own)
-                _narrow(own, carray(pointer_to(block[OUT_AT] + 2 * row * columns), (columns,), np.uint16))
-            else:
-                values = carray(pointer_to(block[OUT_AT] + 4 * row * columns), (columns,), np.float32)
-                _row(block, block[FIRST] + row, codes, values)
+    for row in range(start, stop):
+        if block[OUT_KIND] == BFLOAT16:
+            _row(block, block[FIRST] + row, codes, own)
+            _narrow(own, carray(pointer_to(block[OUT_AT] + 2 * row * columns), (columns,), np.uint16))
+        else:
+            values = carray(pointer_to(block[OUT_AT] + 4 * row * columns), (columns,), np.float32)
+            _row(block, block[FIRST] + row, codes, values)
 
 
 @cache
 def decode_rows() -> Any:
-    """The compiled C function: rows FIRST to FIRST + ROWS, in bf16 or fp32."""
-    return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_work)
+    """The compiled work: rows FIRST to FIRST + ROWS, in bf16 or fp32."""
+    return compiled_work(_work)

@@ -10,17 +10,17 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
 from fewbits.kernels.lanes import add_byte_products, bytes_at, fetch, no_int_sums, total_of
-from fewbits.kernels.memory import FLOAT32, address_of, number_at, pointer_to, write
-from fewbits.kernels.team import PIECE, ROWS, fetch_add
+from fewbits.kernels.memory import FLOAT32, number_at, pointer_to, write
+from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
-# The block that a call passes: int64 fields after those of kernels.team.
+# The fields of a block.
 (
     CODES_AT, COLUMNS, ROW_SUMS_AT, SCALES_AT, SCALE_KIND, X_AT, X_STRIDE, X_SCALES_AT, TOKENS, BIAS_AT, OUT_AT,
-    OUT_KIND, FIELDS,
-) = range(3, 16)  # fmt: skip
+    OUT_KIND,
+) = range(OWN, OWN + 12)  # fmt: skip
 STEP = 64
 
 
@@ -101,28 +101,22 @@ def _two_rows(block: Any, r0: Any, r1: Any, t0: Any, t1: Any, t2: Any, t3: Any) 
     _finish(block, r1, t3, s13)
 
 
-def _work(pointer: Any) -> None:
-    block = carray(pointer, (FIELDS,), np.int64)
-    rows, piece, tokens = block[ROWS], block[PIECE], block[TOKENS]
-    last, last_token = rows - 1, tokens - 1
-    while True:
-        start = fetch_add(address_of(pointer), piece)
-        if start >= rows:
-            return
-        stop = min(start + piece, rows)
-        if tokens == 1:
-            for row in range(start, stop, 4):
-                _four_rows(block, row, min(row + 1, last), min(row + 2, last), min(row + 3, last), 0)
-        else:
-            for row in range(start, stop, 2):
-                for t in range(0, tokens, 4):
-                    _two_rows(
-                        block, row, min(row + 1, last),
-                        t, min(t + 1, last_token), min(t + 2, last_token), min(t + 3, last_token),
-                    )  # fmt: skip
+def _work(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    last, tokens = block[ROWS] - 1, block[TOKENS]
+    if tokens == 1:
+        for row in range(start, stop, 4):
+            _four_rows(block, row, min(row + 1, last), min(row + 2, last), min(row + 3, last), 0)
+        return
+    for row in range(start, stop, 2):
+        for t in range(0, tokens, 4):
+            _two_rows(
+                block, row, min(row + 1, last),
+                t, min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1),
+            )  # fmt: skip
 
 
 @cache
 def dot_bytes() -> Any:
-    """The compiled C function."""
-    return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_work)
+    """The compiled work."""
+    return compiled_work(_work)

@@ -30,6 +30,6 @@ class FewTokens:
         return None
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
-        from fewbits.kernels.few_tokens_run import FewTokensRun
+        from fewbits.kernels.few_tokens_run import few_tokens
 
-        return FewTokensRun(weight, bias)
+        return few_tokens(weight, bias)

@@ -6,9 +6,9 @@ import torch
 
 from fewbits.kernels import dot_bytes, scale_sums
 from fewbits.kernels.onednn import onednn_sums
-from fewbits.kernels.spec import LinearWeight
-from fewbits.kernels.team import Work, team_size
-from fewbits.kernels.tokens_run import STORED, int8_tokens
+from fewbits.kernels.spec import LinearWeight, Steps
+from fewbits.kernels.team import Program, Work, team_size
+from fewbits.kernels.tokens_run import STORED, int8_step, int8_tokens
 
 
 class FewTokensInt8:
@@ -22,7 +22,6 @@ class FewTokensInt8:
         self._kept = (codes, scales, wide_bias, row_sums)
         self._work = Work(
             dot_bytes.dot_bytes(),
-            dot_bytes.FIELDS,
             {
                 dot_bytes.CODES_AT: codes.data_ptr(),
                 dot_bytes.COLUMNS: self._in,
@@ -32,19 +31,25 @@ class FewTokensInt8:
                 dot_bytes.X_STRIDE: self._in,
                 dot_bytes.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
             },
+            multiple=4,
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.shape[0]
-        out = torch.empty((tokens, self._out), dtype=x.dtype)
-        if tokens == 0:
-            return out
-        codes, scales = int8_tokens(x)
-        self._work.run(self._out, 4, team_size(tokens * self._out * self._in), {
-            dot_bytes.X_AT: codes.data_ptr(), dot_bytes.X_SCALES_AT: scales.data_ptr(), dot_bytes.TOKENS: tokens,
-            dot_bytes.OUT_AT: out.data_ptr(), dot_bytes.OUT_KIND: STORED[x.dtype],
-        })  # fmt: skip
+        out = torch.empty((x.shape[0], self._out), dtype=x.dtype)
+        if out.numel():
+            steps = self.steps(x.contiguous(), out)
+            Program(steps.blocks).run(team_size(out.numel() * self._in))
         return out
+
+    def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
+        """What makes `out` [tokens, out] of contiguous `x` [tokens, in]."""
+        tokens = x.shape[0]
+        codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty((tokens, 1))
+        multiply = self._work.step(self._out, {
+            dot_bytes.X_AT: codes.data_ptr(), dot_bytes.X_SCALES_AT: scales.data_ptr(), dot_bytes.TOKENS: tokens,
+            dot_bytes.OUT_AT: out.data_ptr(), dot_bytes.OUT_KIND: STORED[out.dtype],
+        })  # fmt: skip
+        return Steps((int8_step(x, codes, scales), multiply), (self, x, out, codes, scales))
 
 
 class OneDnnInt8Run:
@@ -59,7 +64,6 @@ class OneDnnInt8Run:
         self._kept = (scales, wide_bias)
         self._scale = Work(
             scale_sums.scale_sums(),
-            scale_sums.FIELDS,
             {
                 scale_sums.COLUMNS: self._out,
                 scale_sums.SCALES_AT: scales.data_ptr(),
@@ -75,8 +79,9 @@ class OneDnnInt8Run:
             return out
         codes, scales = int8_tokens(x)
         sums = onednn_sums(codes, self._packed, self._ones, self._zeros)
-        self._scale.run(tokens, 1, team_size(out.numel()), {
+        step = self._scale.step(tokens, {
             scale_sums.SUMS_AT: sums.data_ptr(), scale_sums.X_SCALES_AT: scales.data_ptr(),
             scale_sums.OUT_AT: out.data_ptr(), scale_sums.OUT_KIND: STORED[x.dtype],
         })  # fmt: skip
+        Program([step]).run(team_size(out.numel()))
         return out

@@ -45,16 +45,6 @@ def pointer_to(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def address_of(typing_context: Any, pointer: Any) -> Any:
-    """A pointer as an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ptrtoint(arguments[0], ir.IntType(64))
-
-    return types.int64(types.voidptr), generate
-
-
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def as_bf16(value: Any) -> Any:
     """The bits of an fp32 number rounded to bf16, half to even; NaN stays NaN."""

@@ -9,7 +9,7 @@ from fewbits.kernels import decode_rows as decoding
 from fewbits.kernels.memory import FLOAT8
 from fewbits.kernels.scratch import scratch
 from fewbits.kernels.spec import LinearWeight
-from fewbits.kernels.team import Work, team_size
+from fewbits.kernels.team import Program, Work, team_size
 from fewbits.kernels.tokens_run import STORED, fp8_tokens
 
 # Bytes of a decoded panel.
@@ -30,7 +30,6 @@ class PanelsRun:
         midpoint = scheme.midpoint if scheme.bits < 8 else 0
         self._decode = Work(
             decoding.decode_rows(),
-            decoding.FIELDS,
             {
                 decoding.CODES_AT: codes.data_ptr(),
                 decoding.CODE_KIND: FLOAT8 if scheme.kind == "float" else 0,
@@ -58,9 +57,10 @@ class PanelsRun:
         for start in range(0, self._out, step):
             count = min(step, self._out - start)
             panel = scratch(count, self._in, dtype)
-            self._decode.run(count, 1, team_size(count * self._in), {
+            decode = self._decode.step(count, {
                 decoding.FIRST: start, decoding.OUT_AT: panel.data_ptr(), decoding.OUT_KIND: STORED[dtype],
             })  # fmt: skip
+            Program([decode]).run(team_size(count * self._in))
             part = F.linear(values, panel)
             if scales is not None:
                 part = part * scales

@@ -6,13 +6,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
-from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32, address_of, as_bf16, float_as_half, number_at, pointer_to
-from fewbits.kernels.team import PIECE, ROWS, fetch_add
+from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32, as_bf16, float_as_half, number_at, pointer_to
+from fewbits.kernels.team import OWN, WORDS, compiled_work
 
-# The block that a call passes: int64 fields after those of kernels.team. A row is a token.
-SUMS_AT, COLUMNS, X_SCALES_AT, SCALES_AT, SCALE_KIND, BIAS_AT, OUT_AT, OUT_KIND, FIELDS = range(3, 12)
+# The fields of a block; a row is a token.
+SUMS_AT, COLUMNS, X_SCALES_AT, SCALES_AT, SCALE_KIND, BIAS_AT, OUT_AT, OUT_KIND = range(OWN, OWN + 8)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -34,26 +34,22 @@ def _token(sums: Any, token_scale: Any, scales: Any, biases: Any, out_at: Any, k
             wide[n] = sums[n]
 
 
-def _work(pointer: Any) -> None:
-    block = carray(pointer, (FIELDS,), np.int64)
-    columns, rows = block[COLUMNS], block[ROWS]
+def _work(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    columns = block[COLUMNS]
     scales, biases = np.empty(columns, np.float32), np.zeros(columns, np.float32)
     for n in range(columns):
         scales[n] = number_at(block[SCALES_AT], n, block[SCALE_KIND])
         if block[BIAS_AT] != 0:
             biases[n] = number_at(block[BIAS_AT], n, FLOAT32)
     width = 4 if block[OUT_KIND] == FLOAT32 else 2
-    while True:
-        start = fetch_add(address_of(pointer), block[PIECE])
-        if start >= rows:
-            return
-        for token in range(start, min(start + block[PIECE], rows)):
-            sums = carray(pointer_to(block[SUMS_AT] + 4 * token * columns), (columns,), np.float32)
-            token_scale = number_at(block[X_SCALES_AT], token, FLOAT32)
-            _token(sums, token_scale, scales, biases, block[OUT_AT] + width * token * columns, block[OUT_KIND])
+    for token in range(start, stop):
+        sums = carray(pointer_to(block[SUMS_AT] + 4 * token * columns), (columns,), np.float32)
+        token_scale = number_at(block[X_SCALES_AT], token, FLOAT32)
+        _token(sums, token_scale, scales, biases, block[OUT_AT] + width * token * columns, block[OUT_KIND])
 
 
 @cache
 def scale_sums() -> Any:
-    """The compiled C function."""
-    return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_work)
+    """The compiled work."""
+    return compiled_work(_work)

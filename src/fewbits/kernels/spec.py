@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -69,6 +69,22 @@ class LinearWeight:
         else:
             codes = unpack_rows(codes, self.scheme.bits, self.shape[1])
         return decode_codes(codes, self.scales, zeros, self.scheme)
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Compiled work that a program may hold (kernels.team), and what has to stay alive as long."""
+
+    blocks: tuple[Any, ...]
+    kept: tuple[Any, ...]
+
+
+@runtime_checkable
+class Compiled(Protocol):
+    """A linear made ready that is compiled from end to end."""
+
+    def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
+        """What makes `out` [tokens, out] of contiguous `x` [tokens, in]."""
 
 
 class Kernel(Protocol):

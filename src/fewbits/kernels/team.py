@@ -1,43 +1,144 @@
-"""Compiled work on the threads that torch has already.
+"""Compiled work in steps, on the threads that torch has already.
 
-A second pool beside torch's would find its processors taken: OpenMP's threads spin for milliseconds after each of
-torch's own operations. So work is handed to the OpenMP library that torch carries; where it carries none, to plain
-threads. Work is one C function that takes the address of a block of integers and, again and again, the next piece
-of what is to be done (`next_piece`); any number of threads may run it at once.
+A program is a row of blocks of integers, one a step: a compiled function, how many rows it has, and the addresses and
+sizes that it works with. Every thread of the team goes through all steps; at each it takes pieces of the rows until
+none is left, and goes on when all rows are done. So it does not matter how many threads come, or when: one that the
+system holds back is waited for only while it has a piece in hand.
+
+A second pool of threads beside torch's would find its processors taken: OpenMP's threads spin for milliseconds after
+each of torch's own operations. So a program is handed to the OpenMP library that torch carries; where it carries none,
+to plain threads.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, cfunc, types
 from numba.extending import intrinsic
 
+from fewbits.kernels.compiling import Array
+from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.threads import on_threads
 
-# A block's first fields: how far the work has been handed out, how many rows it has, and how many make a piece.
-TAKEN, ROWS, PIECE = 0, 1, 2
+# A step's block. Its counters, how many rows were handed out and how many are done, have a cache line of their own.
+TAKEN, DONE = 0, 1
+FUNCTION, ROWS, MULTIPLE, OWN = 8, 9, 10, 11
+# Words of a block: the function's own fields begin at OWN.
+WORDS = 32
+# What a program begins with.
+STEPS, THREADS, YIELD_AT, HEADER = 0, 1, 2, 8
 # Pieces per thread: enough to even out what other processes take.
 PIECES = 8
 # OpenMP's threads wake in the time of this many products.
 ALONE = 2**16
+# Looks at the counter before the processor is offered to others: some 30 µs, more than an undisturbed piece takes.
+LOOKS = 1000
+
+# void(address of the block, first row, last row + 1)
+_WORK = types.void(types.int64, types.int64, types.int64)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_ARCHITECTURE = llvm.get_process_triple().partition("-")[0]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def fetch_add(typing_context: Any, address: Any, amount: Any) -> Any:
+def _fetch_add(typing_context: Any, address: Any, amount: Any) -> Any:
     """Add to the int64 at an address, for all threads at once; returns what was there."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _look(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address, with everything that was written before it; a hint to the processor not to hurry."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name, operands = {
+            "x86_64": ("llvm.x86.sse2.pause", []),
+            "aarch64": ("llvm.aarch64.hint", [ir.Constant(_I32, 1)]),
+        }.get(_ARCHITECTURE, ("llvm.donothing", []))
+        hint = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        builder.call(builder.module.declare_intrinsic(name, fnty=hint), operands)
+        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _call_work(typing_context: Any, function: Any, block: Any, start: Any, stop: Any) -> Any:
+    """Call the work at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, _I64])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _call_yield(typing_context: Any, function: Any) -> Any:
+    """Call the C function without arguments at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_I32, [])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate
+
+
+def _team(pointer: Any) -> None:
+    """All steps of a program; any number of threads may do this at once."""
+    header = carray(pointer, (HEADER,), np.int64)
+    at = np.int64(header.ctypes.data) + 8 * HEADER
+    for _ in range(header[STEPS]):
+        block = carray(pointer_to(at), (WORDS,), np.int64)
+        rows, multiple = block[ROWS], block[MULTIPLE]
+        share = header[THREADS] * PIECES * multiple
+        piece = max(1, (rows + share - 1) // share) * multiple
+        done = 0
+        while True:
+            start = _fetch_add(at + 8 * TAKEN, piece)
+            if start >= rows:
+                break
+            stop = min(start + piece, rows)
+            _call_work(block[FUNCTION], at, start, stop)
+            done += stop - start
+        if done:
+            _fetch_add(at + 8 * DONE, done)
+        looks = 0
+        while _look(at + 8 * DONE) < rows:
+            looks += 1
+            if looks > LOOKS and header[YIELD_AT] != 0:
+                _call_yield(header[YIELD_AT])
+        at += 8 * WORDS
+
+
+@cache
+def _compiled_team() -> Any:
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_team)
+
+
+@cache
+def _yield_address() -> int:
+    """The C function that offers the processor to other threads, or 0."""
+    library, name = ("kernel32", "SwitchToThread") if sys.platform == "win32" else (None, "sched_yield")
+    function = getattr(ctypes.CDLL(library), name, None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @cache
@@ -51,31 +152,58 @@ def _openmp() -> Any:
     return None
 
 
+def compiled_work(function: Callable[[Any, Any, Any], None]) -> Any:
+    """A function of (address of a block, first row, last row + 1), compiled for `Work`."""
+    return cfunc(_WORK, nopython=True, cache=True, error_model="numpy")(function)
+
+
 class Work:
-    """A compiled C function, and those fields of its block that stay from call to call."""
+    """A compiled function, and those of its fields that stay from call to call.
 
-    def __init__(self, compiled: Any, fields: int, fixed: Mapping[int, int]) -> None:
-        self._compiled = compiled
-        self._address = compiled.address
-        self._block = ctypes.c_int64 * fields
-        self._fixed = self._block(*(fixed.get(field, 0) for field in range(fields)))
-        self._parallel = _openmp()
+    Args:
+        multiple: pieces are multiples of so many rows.
+    """
 
-    def run(self, rows: int, multiple: int, threads: int, fields: Mapping[int, int]) -> None:
-        """Work through all rows, in pieces that are multiples of `multiple`; returns when all threads are done."""
-        # A block of its own for each call: several threads may call the same layer.
-        block = self._block.from_buffer_copy(self._fixed)
+    def __init__(self, compiled: Any, fixed: Mapping[int, int], multiple: int = 1) -> None:
+        self._kept = compiled
+        self._block = np.zeros(WORDS, np.int64)
+        self._block[FUNCTION], self._block[MULTIPLE] = compiled.address, multiple
+        for field, value in fixed.items():
+            self._block[field] = value
+
+    def step(self, rows: int, fields: Mapping[int, int]) -> Array:
+        """A block of its own for this much work: several threads may call the same layer."""
+        block = self._block.copy()
+        block[ROWS] = rows
         for field, value in fields.items():
             block[field] = value
-        block[ROWS] = rows
-        block[PIECE] = max(1, -(-rows // (threads * PIECES * multiple))) * multiple
-        address = ctypes.addressof(block)
+        return block
+
+
+class Program:
+    """Steps one after the other; one caller at a time."""
+
+    def __init__(self, steps: Sequence[Array]) -> None:
+        words = HEADER + WORDS * len(steps)
+        buffer = np.empty(words + 7, np.int64)
+        at: int = buffer.__array_interface__["data"][0]
+        first = -(at // 8) % 8
+        self._words, self._address = buffer[first : first + words], at + 8 * first
+        self._words[STEPS], self._words[YIELD_AT] = len(steps), _yield_address()
+        np.concatenate(steps, out=self._words[HEADER:])
+        self._counters = self._words[HEADER:].reshape(len(steps), WORDS)[:, : DONE + 1]
+
+    def run(self, threads: int) -> None:
+        """Go through all steps once; returns when everything is done."""
+        self._counters[:] = 0
+        self._words[THREADS] = threads
+        team, parallel = _compiled_team(), _openmp()
         if threads == 1:
-            self._compiled.ctypes(address)
-        elif self._parallel is not None:
-            self._parallel(self._address, address, threads, 0)
+            team.ctypes(self._address)
+        elif parallel is not None:
+            parallel(team.address, self._address, threads, 0)
         else:
-            on_threads(lambda: self._compiled.ctypes(address), threads)
+            on_threads(lambda: team.ctypes(self._address), threads)
 
 
 def team_size(products: int) -> int:

@@ -1,5 +1,5 @@
 """Compiled preparation of activations, token by token: rounding to int8 or float8, and the order that
-kernels.lanes decodes in."""
+kernels.decoders decodes in."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
 from fewbits.kernels.compiling import as_bits, as_float
-from fewbits.kernels.lanes import BLOCK, BY_FOURS, NATURAL
-from fewbits.kernels.memory import BFLOAT16, FLOAT16, address_of, as_bf16, half_as_float, pointer_to
-from fewbits.kernels.team import PIECE, ROWS, fetch_add
+from fewbits.kernels.decoders import BLOCK, BY_FOURS, NATURAL
+from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, pointer_to
+from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
-# The block that a call passes: int64 fields after those of kernels.team. A row is a token.
-X_AT, X_KIND, COLUMNS, OUT_AT, OUT_STRIDE, SCALES_AT, GROUPS, SUMS_AT, ORDER, PARTS, FIELDS = range(3, 14)
+# The fields of a block; a row is a token.
+X_AT, X_KIND, COLUMNS, OUT_AT, OUT_STRIDE, SCALES_AT, GROUPS, SUMS_AT, ORDER, PARTS = range(OWN, OWN + 10)
 
 SMALLEST = np.finfo(np.float32).tiny
 NOT_FINITE = np.uint32(0x7F800000)
@@ -78,44 +78,36 @@ def _fp8_values(row: Any, scale: Any, values: Any) -> None:
         values[k] = np.uint16(np.uint32(as_bits(value) | sign) >> np.uint32(16))
 
 
-def _int8(pointer: Any) -> None:
-    block = carray(pointer, (FIELDS,), np.int64)
+def _int8(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
     columns, stride = block[COLUMNS], block[OUT_STRIDE]
     row = np.empty(columns, np.float32)
     scales = carray(pointer_to(block[SCALES_AT]), (block[ROWS],), np.float32)
-    while True:
-        start = fetch_add(address_of(pointer), block[PIECE])
-        if start >= block[ROWS]:
-            return
-        for token in range(start, min(start + block[PIECE], block[ROWS])):
-            _widen_row(block, token, row)
-            scale = _scale(row, np.float32(127.0))
-            scales[token] = scale
-            codes = carray(pointer_to(block[OUT_AT] + token * stride), (stride,), np.uint8)
-            if scale == scale:
-                _int8_codes(row, scale, codes)
-            else:
-                codes[:] = 128
+    for token in range(start, stop):
+        _widen_row(block, token, row)
+        scale = _scale(row, np.float32(127.0))
+        scales[token] = scale
+        codes = carray(pointer_to(block[OUT_AT] + token * stride), (stride,), np.uint8)
+        if scale == scale:
+            _int8_codes(row, scale, codes)
+        else:
+            codes[:] = 128
 
 
-def _fp8(pointer: Any) -> None:
-    block = carray(pointer, (FIELDS,), np.int64)
+def _fp8(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
     columns, stride = block[COLUMNS], block[OUT_STRIDE]
     row = np.empty(columns, np.float32)
     scales = carray(pointer_to(block[SCALES_AT]), (block[ROWS],), np.float32)
-    while True:
-        start = fetch_add(address_of(pointer), block[PIECE])
-        if start >= block[ROWS]:
-            return
-        for token in range(start, min(start + block[PIECE], block[ROWS])):
-            _widen_row(block, token, row)
-            scale = _scale(row, np.float32(448.0))
-            scales[token] = scale
-            values = carray(pointer_to(block[OUT_AT] + token * stride), (columns,), np.uint16)
-            if scale == scale:
-                _fp8_values(row, scale, values)
-            else:
-                values[:] = 0
+    for token in range(start, stop):
+        _widen_row(block, token, row)
+        scale = _scale(row, np.float32(448.0))
+        scales[token] = scale
+        values = carray(pointer_to(block[OUT_AT] + token * stride), (columns,), np.uint16)
+        if scale == scale:
+            _fp8_values(row, scale, values)
+        else:
+            values[:] = 0
 
 
 @njit(fastmath=SUMS, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -136,7 +128,7 @@ def _split(row: Any, values: Any) -> None:
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _reordered(values: Any, order: Any, out: Any) -> None:
-    """Blocks of activations in the order of decoded codes (kernels.lanes)."""
+    """Blocks of activations in the order of decoded codes (kernels.decoders)."""
     if order == NATURAL:
         out[:] = values
     elif order == BY_FOURS:
@@ -152,36 +144,32 @@ def _reordered(values: Any, order: Any, out: Any) -> None:
                         out[b + 32 * half + 8 * l + e] = values[b + 16 * l + 8 * half + e]
 
 
-def _arranged(pointer: Any) -> None:
+def _arranged(address: Any, start: Any, stop: Any) -> None:
     """Activations as one or two bf16 numbers each, in blocks of 128, and their sums over groups of inputs."""
-    fields = carray(pointer, (FIELDS,), np.int64)
+    fields = carray(pointer_to(address), (WORDS,), np.int64)
     columns, groups, parts = fields[COLUMNS], fields[GROUPS], fields[PARTS]
     padded, size = (columns + BLOCK - 1) // BLOCK * BLOCK, columns // groups
     row, values = np.empty(columns, np.float32), np.zeros(padded, np.uint16)
-    while True:
-        start = fetch_add(address_of(pointer), fields[PIECE])
-        if start >= fields[ROWS]:
-            return
-        for token in range(start, min(start + fields[PIECE], fields[ROWS])):
-            _widen_row(fields, token, row)
-            if fields[SCALES_AT] != 0:
-                scale = _scale(row, np.float32(448.0))
-                carray(pointer_to(fields[SCALES_AT]), (fields[ROWS],), np.float32)[token] = scale
-                if scale == scale:
-                    _fp8_values(row, scale, values[:columns])
-                    for k in range(columns):
-                        row[k] = as_float(np.uint32(values[k]) << np.uint32(16))
-                else:
-                    row[:] = np.float32(0.0)
-            for part in range(parts):
-                _split(row, values[:columns])
-                if fields[SUMS_AT] != 0:
-                    sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
-                    for g in range(groups):
-                        total = _sum(values[g * size : (g + 1) * size])
-                        sums[g] = total if part == 0 else sums[g] + total
-                at = fields[OUT_AT] + 2 * (token * parts + part) * padded
-                _reordered(values, fields[ORDER], carray(pointer_to(at), (padded,), np.uint16))
+    for token in range(start, stop):
+        _widen_row(fields, token, row)
+        if fields[SCALES_AT] != 0:
+            scale = _scale(row, np.float32(448.0))
+            carray(pointer_to(fields[SCALES_AT]), (fields[ROWS],), np.float32)[token] = scale
+            if scale == scale:
+                _fp8_values(row, scale, values[:columns])
+                for k in range(columns):
+                    row[k] = as_float(np.uint32(values[k]) << np.uint32(16))
+            else:
+                row[:] = np.float32(0.0)
+        for part in range(parts):
+            _split(row, values[:columns])
+            if fields[SUMS_AT] != 0:
+                sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
+                for g in range(groups):
+                    total = _sum(values[g * size : (g + 1) * size])
+                    sums[g] = total if part == 0 else sums[g] + total
+            at = fields[OUT_AT] + 2 * (token * parts + part) * padded
+            _reordered(values, fields[ORDER], carray(pointer_to(at), (padded,), np.uint16))
 
 
 _WORK = {"int8": _int8, "fp8": _fp8, "arranged": _arranged}
@@ -189,5 +177,5 @@ _WORK = {"int8": _int8, "fp8": _fp8, "arranged": _arranged}
 
 @cache
 def token_work(name: str) -> Any:
-    """A compiled C function: "int8" (codes + 128), "fp8" (bf16 values), or "arranged"."""
-    return cfunc(types.void(types.voidptr), nopython=True, cache=True, error_model="numpy")(_WORK[name])
+    """Compiled work: "int8" (codes + 128), "fp8" (bf16 values), or "arranged"."""
+    return compiled_work(_WORK[name])
