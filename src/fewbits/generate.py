@@ -80,6 +80,7 @@ class Generator:
     def __init__(self, model: Any, *, short_way: bool = True) -> None:
         self.model = model
         self._why_not = why_not(model) if short_way else "not asked for"
+        self._spare: TokenStep | None = None
 
     def stream(
         self,
@@ -114,17 +115,21 @@ class Generator:
             logits, step = self._prompt(generation, ids, max_tokens)
             token = choose(logits)
             generation.prompt_s = time.perf_counter() - started_s
-            for _ in range(max_tokens):
-                if token in stops:
-                    generation.stopped = "stop"
-                    return
-                generation.tokens.append(token)
-                yield token
-                if len(generation.tokens) == max_tokens:
-                    return
-                started_s = time.perf_counter()
-                token = choose(step(token))
-                generation.decode_s += time.perf_counter() - started_s
+            try:
+                for _ in range(max_tokens):
+                    if token in stops:
+                        generation.stopped = "stop"
+                        return
+                    generation.tokens.append(token)
+                    yield token
+                    if len(generation.tokens) == max_tokens:
+                        return
+                    started_s = time.perf_counter()
+                    token = choose(step(token))
+                    generation.decode_s += time.perf_counter() - started_s
+            finally:
+                if isinstance(step, TokenStep):
+                    self._spare = step
 
     def _prompt(
         self, generation: Generation, ids: list[int], max_tokens: int
@@ -135,6 +140,8 @@ class Generator:
         # The model's masks do what windows ask for; a cache that forgets would be of no use to the short way.
         cache = DynamicCache() if self._why_not is None else DynamicCache(config=self.model.config)
         prompt = torch.tensor([ids], device=self.model.device)
+        # Made before the prompt runs: where it stacks weights, kernels prepare them anew.
+        step = self._token_step(len(ids) + max_tokens) if self._why_not is None else None
         seen = Seen([], [])
         hooks = _watch(self.model, seen) if self._why_not is None else []
         try:
@@ -143,8 +150,7 @@ class Generator:
             for hook in hooks:
                 hook.remove()
         generation.short_way = self._why_not
-        if self._why_not is None:
-            step = TokenStep(self.model, len(ids) + max_tokens)
+        if step is not None:
             step.adopt(cache, len(ids) - 1)
             where = step.differs(ids[-1], seen, logits)
             if where is None:
@@ -152,6 +158,11 @@ class Generator:
                 return logits, step
             generation.short_way = f"{where} of {type(self.model).__name__} computes something else"
         return logits, lambda token: self._forward(torch.tensor([[token]], device=self.model.device), cache)
+
+    def _token_step(self, capacity: int) -> TokenStep:
+        """The short way with room for so many positions: the last stream's, if that is over. Each prompt proves it."""
+        spare, self._spare = self._spare, None
+        return TokenStep(self.model, capacity) if spare is None or spare.capacity < capacity else spare
 
     def _forward(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         logits: torch.Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

@@ -75,7 +75,7 @@ class TokenStep:
         self._decoder = model.get_submodule(prefix.rpartition(".")[0])
         self._blocks = [parts_of(block) for block in found]
         self._caches = [Cache(parts, capacity) for parts in self._blocks]
-        self._capacity = capacity
+        self.capacity = capacity
         # Addresses of all these are in the program.
         self._kept: list[object] = [self._blocks]
         self._rotations: dict[str | None, tuple[Array, Array]] = {}
@@ -172,12 +172,12 @@ class TokenStep:
         width, (queries, keys) = parts.head_width, (_outputs(parts.attended[:1]), _outputs(parts.attended[1:2]))
         heads, mixed = self._heads[:, : _outputs(parts.attended)], self._mixed[:, :queries]
         if parts.kind not in self._rotations:
-            self._rotations[parts.kind] = rotation(self._decoder.rotary_emb, parts.kind, self._capacity)
+            self._rotations[parts.kind] = rotation(self._decoder.rotary_emb, parts.kind, self.capacity)
         cosines, sines = self._rotations[parts.kind]
         shared = {
             between.HEAD_WIDTH: width, between.COSINES_AT: cosines.ctypes.data, between.SINES_AT: sines.ctypes.data,
             between.ROTATED: cosines.shape[1], between.KEYS_AT: cache.keys.data_ptr(),
-            between.VALUES_AT: cache.values.data_ptr(), between.CAPACITY: self._capacity,
+            between.VALUES_AT: cache.values.data_ptr(), between.CAPACITY: self.capacity,
             between.POSITION_AT: self._position.ctypes.data,
         }  # fmt: skip
         remember = Work(between.between("remember"), shared).step(keys // width, {

@@ -60,7 +60,7 @@ vLLM (CPU)    fast
 SGLang (GPU)  fast
 transformers  loads  decodes weights to the model's dtype (model.layers.0.mlp.down_proj and 5 more)
 llama.cpp     no     reads GGUF, not compressed-tensors
-73,392 → 45,152 bytes (73.4 KB → 45.2 KB, 1.63× smaller) · 8.216 bits per quantized weight · peak memory 470 MB\
+73,392 → 45,152 bytes (73.4 KB → 45.2 KB, 1.63× smaller) · 8.216 bits per quantized weight · peak memory 369 MB\
 """)
 
 

@@ -99,6 +99,21 @@ def test_sampling_repeats_by_its_seed_and_a_tiny_nucleus_is_the_likeliest(tmp_pa
     assert tokens(Sampling(1.0, 1e-6, 3)) == tokens(Sampling())
 
 
+def test_streams_side_by_side_and_after_one_another_give_what_each_gives_alone(tmp_path: Path) -> None:
+    model = loaded(tmp_path, "llama")
+    longer = [*PROMPT, *PROMPT]
+    alone = {len(ids): list(Generator(model).stream(ids, 6, stop=())[1]) for ids in (PROMPT, longer)}
+    generator = Generator(model)
+    _, first = generator.stream(PROMPT, 6, stop=())
+    begun = [next(first), next(first)]
+    assert list(generator.stream(longer, 6, stop=())[1]) == alone[len(longer)]
+    assert [*begun, *first] == alone[len(PROMPT)]
+    for ids in (longer, PROMPT, longer):
+        generation, tokens = generator.stream(ids, 6, stop=())
+        assert list(tokens) == alone[len(ids)]
+        assert generation.short_way is None
+
+
 def test_a_stop_token_ends_it_unseen(tmp_path: Path) -> None:
     generator = Generator(loaded(tmp_path, "llama"))
     free = list(generator.stream(PROMPT, 8, stop=())[1])
