@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import resource
 import signal
@@ -33,7 +34,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
     arguments = [*COMMAND, "quantize", str(source), str(out), "-m", "int4", "-g", "32", "--quiet"]
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores interrupts, and so would what it starts.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
 
 
 def wait_for_shards(out: Path, count: int) -> None:
