@@ -20,15 +20,15 @@ from fewbits.kernels.one_token import exponential
 from fewbits.kernels.team import Program, Work
 from fewbits.skeleton import find_blocks
 from fewbits.stacked import stacked
-from tiny_llms import write_model
+from tiny_llms import VOCABULARY, write_model
 
 PROMPT = [3, 9, 27, 17, 51, 25, 11, 33, 35, 41, 59, 49]
 
+INT4 = Int4Asymmetric(32)
 
-def loaded(folder: Path, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    fewbits.quantize(
-        write_model(folder / "model", architecture, dtype), folder / "out", QuantConfig(Int4Asymmetric(32))
-    )
+
+def loaded(folder: Path, architecture: str, dtype: torch.dtype = torch.bfloat16, method: QuantMethod = INT4) -> Any:
+    fewbits.quantize(write_model(folder / "model", architecture, dtype), folder / "out", QuantConfig(method))
     return fewbits.load(folder / "out")
 
 
@@ -46,8 +46,9 @@ def test_the_short_way_is_taken_and_gives_the_logits_of_the_model(architecture: 
     assert bool((logits.amax(-1) - chosen <= 2.0**-5 * logits.abs().amax(-1)).all())
 
 
-def test_a_model_that_computes_something_else_is_found_out(tmp_path: Path) -> None:
-    model = loaded(tmp_path, "llama")
+@pytest.mark.parametrize("method", [INT4, Int8Symmetric()], ids=str)
+def test_a_model_that_computes_something_else_is_found_out(method: QuantMethod, tmp_path: Path) -> None:
+    model = loaded(tmp_path, "llama", method=method)
     layer = find_blocks(model)[1][1]
     plain = layer.mlp.forward
     layer.mlp.forward = lambda x: 0.5 * plain(x)
@@ -57,6 +58,32 @@ def test_a_model_that_computes_something_else_is_found_out(tmp_path: Path) -> No
     assert [note.layer for note in generation.notes] == ["decoding"]
     expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert written == expected[0, len(PROMPT) :].tolist()
+
+
+def test_rounded_activations_do_not_pass_for_another_computation(tmp_path: Path) -> None:
+    """One channel far larger than the rest leaves these few codes, which the last bit of an input decides on."""
+    model = loaded(tmp_path, "llama", method=Int8Symmetric())
+    with torch.no_grad():
+        for block in find_blocks(model)[1]:
+            block.input_layernorm.weight[3] *= 20
+            block.post_attention_layernorm.weight[3] *= 20
+    generator = Generator(model)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        generation, tokens = generator.stream(torch.randint(VOCABULARY, (16,), generator=random).tolist(), 2, stop=())
+        list(tokens)
+        assert generation.short_way is None
+
+
+def test_logits_far_from_zero_do_not_pass_for_another_head(tmp_path: Path) -> None:
+    """bf16 rounds logits around 500 by up to 1, more than they differ by from each other."""
+    model = loaded(tmp_path, "llama")
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([PROMPT])).last_hidden_state[0, -1].float()
+        model.lm_head.weight += (500 * hidden / hidden.square().sum()).bfloat16()
+    generation, tokens = Generator(model).stream(PROMPT, 2, stop=())
+    list(tokens)
+    assert generation.short_way is None
 
 
 @pytest.mark.parametrize(
