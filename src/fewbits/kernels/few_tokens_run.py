@@ -6,16 +6,17 @@ import torch
 
 from fewbits.kernels import dot_rows as rows
 from fewbits.kernels import tokens as arranged
+from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decoders import BF16, BLOCK, FP8, INT8, RAISED, block_bytes, order_of
 from fewbits.kernels.spec import LinearWeight, Steps
-from fewbits.kernels.team import Program, Work, team_size
+from fewbits.kernels.team import Work
 from fewbits.kernels.tokens_run import STORED
 from fewbits.packing import flip_top_bit
 
 SCALE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-class DotRows:
+class DotRows(CompiledLinear):
     """y = x Ŵᵀ + b for a few tokens, of rows of codes that one kind of decoder reads.
 
     Args:
@@ -29,7 +30,7 @@ class DotRows:
         zeros: torch.Tensor | None = None, raised: int = 0, bias: torch.Tensor | None = None,
         rounds_tokens: bool = False,
     ) -> None:  # fmt: skip
-        self._out, self._in = codes.shape[0], in_features
+        super().__init__(codes.shape[0], in_features)
         self._groups = 1 if scales is None else scales.shape[1]
         self._rounds_tokens = rounds_tokens
         self._padded = -(-in_features // BLOCK) * BLOCK
@@ -66,15 +67,8 @@ class DotRows:
             {arranged.COLUMNS: in_features, arranged.GROUPS: self._groups, arranged.ORDER: order_of(kind, lanes)},
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((x.shape[0], self._out), dtype=x.dtype)
-        if out.numel():
-            steps = self.steps(x.contiguous(), out)
-            Program(steps.blocks).run(team_size(out.numel() * self._in))
-        return out
-
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
-        """What makes `out` [tokens, out] of contiguous `x` [tokens, in]."""
+        """Arrange the activations, multiply."""
         tokens = x.shape[0]
         # Finer dtypes are the sum of two bf16 numbers: 16 bits of mantissa.
         parts = 1 if x.dtype == torch.bfloat16 or self._rounds_tokens else 2

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 
 from fewbits.kernels import dot_bytes, scale_sums
+from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.onednn import onednn_sums
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Program, Work, team_size
 from fewbits.kernels.tokens_run import STORED, int8_step, int8_tokens
 
 
-class FewTokensInt8:
+class FewTokensInt8(CompiledLinear):
     """y = x Ŵᵀ + b by compiled dot products."""
 
     def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
-        self._out, self._in = weight.shape
+        super().__init__(*weight.shape)
         codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
         wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
         row_sums = codes.sum(1, dtype=torch.int32)
@@ -34,15 +35,8 @@ class FewTokensInt8:
             multiple=4,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((x.shape[0], self._out), dtype=x.dtype)
-        if out.numel():
-            steps = self.steps(x.contiguous(), out)
-            Program(steps.blocks).run(team_size(out.numel() * self._in))
-        return out
-
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
-        """What makes `out` [tokens, out] of contiguous `x` [tokens, in]."""
+        """Round the activations, multiply."""
         tokens = x.shape[0]
         codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty((tokens, 1))
         multiply = self._work.step(self._out, {
