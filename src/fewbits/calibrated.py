@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewbits.allocator import map_large_blocks
+from fewbits.attention import use_own_attention
 from fewbits.block_run import Timings, TokenWeights
 from fewbits.calibrate import BlockDone, bytes_in_flight, micro_batch_size, run_blocks
 from fewbits.calibration import Calibration
@@ -80,6 +81,7 @@ class CalibratedConversion:
         first = 0 if states is None else states.block + 1
         with TensorReader(self.plan.source) as reader:
             model = build_model(self.plan.source.path, getattr(torch, self.dtype))
+            use_own_attention(model)
             skeleton = Skeleton(model, self.plan.source, reader, self.device)
             self._solver = LayerSolver(self._planned, skeleton.read, self._check_finite)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]

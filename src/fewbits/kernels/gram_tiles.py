@@ -11,77 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from fewbits.kernels.compiling import as_bits, as_float, as_numpy
-from fewbits.kernels.lanes import HAS_BF16, PAIRS_OF_BF16, Sums, call, load
+from fewbits.kernels.lanes import HAS_BF16, LANES
 from fewbits.kernels.memory import as_bf16
+from fewbits.kernels.strips import STRIP, add_strip
 from fewbits.kernels.threads import over_rows
 
-# Channels of a tile, three vectors of 16; and how many of its rows are summed at a time: 24 vectors of sums, with
-# three of one factor and one of the other, fit the 32 registers.
-TILE, STRIP, LANES = 48, 8, 16
+# Channels of a tile, three vectors of 16.
+TILE = 48
 # Rows packed at a time: both factors of a tile, 48 KB each, stay in the second-level cache.
 ROWS = 512
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _add_strip(typing_context: Any, left: Any, right: Any, pairs: Any, sums: Any, stride: Any) -> Any:
-    """STRIP × TILE sums at an address += products of packed channels at `left` and `right`.
-
-    stride: bytes from one row of sums to the next.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, right, pairs, sums, stride = arguments
-        vectors = TILE // LANES
-        before = builder.block
-        loop, behind = builder.append_basic_block("pairs"), builder.append_basic_block("behind")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        pair = builder.phi(_I64)
-        pair.add_incoming(ir.Constant(_I64, 0), before)
-        totals = [[builder.phi(Sums.vector) for _ in range(vectors)] for _ in range(STRIP)]
-        offset = builder.mul(pair, ir.Constant(_I64, 4 * TILE))
-        at = builder.add(right, offset)
-        columns = [
-            load(builder, builder.add(at, ir.Constant(_I64, 4 * LANES * v)), PAIRS_OF_BF16) for v in range(vectors)
-        ]
-        at = builder.add(left, offset)
-        nobody = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
-        everywhere = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-        added = []
-        for r in range(STRIP):
-            one = load(builder, builder.add(at, ir.Constant(_I64, 4 * r)), _I32)
-            first = builder.insert_element(nobody, one, ir.Constant(_I32, 0))
-            row = builder.bitcast(builder.shuffle_vector(first, nobody, everywhere), PAIRS_OF_BF16)
-            added.append(
-                [
-                    call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", Sums.vector, [totals[r][v], row, columns[v]])
-                    for v in range(vectors)
-                ]
-            )
-        following = builder.add(pair, ir.Constant(_I64, 1))
-        pair.add_incoming(following, loop)
-        for r in range(STRIP):
-            for v in range(vectors):
-                totals[r][v].add_incoming(ir.Constant(Sums.vector, None), before)
-                totals[r][v].add_incoming(added[r][v], loop)
-        builder.cbranch(builder.icmp_signed("<", following, pairs), loop, behind)
-        builder.position_at_end(behind)
-        for r in range(STRIP):
-            row_at = builder.add(sums, builder.mul(stride, ir.Constant(_I64, r)))
-            for v in range(vectors):
-                place = builder.add(row_at, ir.Constant(_I64, 4 * LANES * v))
-                total = builder.fadd(load(builder, place, Sums.vector), added[r][v])
-                builder.store(total, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, types.int64, types.int64, types.int64), generate
+_add_strip = add_strip(TILE // LANES)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -101,10 +44,10 @@ def _multiply(packed: Any, gram: Any, first: Any, last: Any) -> None:
             top, begin = row * TILE + strip, column * TILE
             if top + STRIP <= width and begin + TILE <= width:
                 place = gram[top, begin:].ctypes.data
-                _add_strip(left + 4 * strip, right, pairs, place, 4 * width)
+                _add_strip(left + 4 * strip, 4, 4 * TILE, right, pairs, place, 4 * width)
             elif top < width:
                 scratch[:] = np.float32(0.0)
-                _add_strip(left + 4 * strip, right, pairs, scratch.ctypes.data, 4 * TILE)
+                _add_strip(left + 4 * strip, 4, 4 * TILE, right, pairs, scratch.ctypes.data, 4 * TILE)
                 for r in range(min(STRIP, width - top)):
                     for c in range(min(TILE, width - begin)):
                         gram[top + r, begin + c] += scratch[r, c]

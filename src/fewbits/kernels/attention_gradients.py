@@ -1,0 +1,166 @@
+"""The gradient of attention_rows' attention, from the same strips of products.
+
+Scores are computed again, once a strip of queries at a time, for the queries' gradient, and once transposed, a strip of
+keys at a time, for the keys' and the values': nothing is summed across threads, and each order of sums is fixed.
+Source: FlashAttention-2, arXiv 2307.08691, equations of the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from fewbits.kernels.attention_parts import (
+    add_weighted,
+    copy_rows,
+    hide,
+    pack_for_channels,
+    pack_for_rows,
+    padded,
+    products,
+)
+from fewbits.kernels.compiling import SUMS, widen
+from fewbits.kernels.memory import as_bf16
+from fewbits.kernels.softmax_lanes import PANEL, pull_key, pull_query
+from fewbits.kernels.strips import STRIP
+from fewbits.kernels.threads import over_rows
+
+
+@njit(fastmath=SUMS, nogil=True)  # type: ignore[untyped-decorator]
+def _inner(out: Any, pull: Any, sample: Any, t: Any, head: Any) -> Any:
+    total = np.float32(0.0)
+    for i in range(out.shape[3]):
+        total += widen(out[sample, t, head, i]) * widen(pull[sample, t, head, i])
+    return total
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _pull_queries(
+    query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: Any, logs: Any, out: Any, pull: Any,
+    deltas: Any, to_query: Any, start: Any, end: Any,
+) -> None:  # fmt: skip
+    """The queries' gradient, and deltas, the inner products of outputs with theirs. Heads `start` to `end`."""
+    heads, length, width = query.shape[1:]
+    shared, keys, wide = heads // key.shape[1], key.shape[2], padded(width)
+    queries, pulled = np.empty((padded(length), wide), np.uint16), np.empty((padded(length), wide), np.uint16)
+    copied = np.empty((padded(keys), wide), np.uint16)
+    key_panels = np.empty((padded(keys) // PANEL, wide // 2, PANEL), np.uint32)
+    value_panels = np.empty((padded(keys) // PANEL, wide // 2, PANEL), np.uint32)
+    channel_panels = np.empty((wide // PANEL, padded(keys) // 2, PANEL), np.uint32)
+    scores, pulls = np.empty((STRIP, padded(keys)), np.float32), np.empty((STRIP, padded(keys)), np.float32)
+    weights = np.zeros((STRIP, padded(keys)), np.uint16)
+    sums = np.empty((STRIP, wide), np.float32)
+    for number in range(start, end):
+        sample, head = number // heads, number % heads
+        copy_rows(query[sample, head], queries)
+        copy_rows(pull[sample, :, head], pulled)
+        copy_rows(value[sample, head // shared], copied)
+        pack_for_rows(copied, value_panels)
+        copy_rows(key[sample, head // shared], copied)
+        pack_for_rows(copied, key_panels)
+        pack_for_channels(copied, channel_panels)
+        for top in range(0, length, STRIP):
+            rows = min(STRIP, length - top)
+            low, high = firsts[top] // PANEL * PANEL, padded(stops[top + rows - 1])
+            products(queries, top, key_panels, low, high, scores)
+            products(pulled, top, value_panels, low, high, pulls)
+            for r in range(rows):
+                t = top + r
+                delta = _inner(out, pull, sample, t, head)
+                deltas[sample, head, t] = delta
+                hide(scores, r, low, firsts[t], stops[t], high)
+                place = r * padded(keys) + low
+                pull_query(
+                    scores.ctypes.data + 4 * place, pulls.ctypes.data + 4 * place, (high - low) // PANEL, scale,
+                    logs[sample, head, t], delta, weights.ctypes.data + 2 * place,
+                )  # fmt: skip
+            sums[:] = np.float32(0.0)
+            add_weighted(weights, channel_panels, low, high, sums, 0)
+            for r in range(rows):
+                for i in range(width):
+                    to_query[sample, head, top + r, i] = as_bf16(sums[r, i])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _pull_keys(
+    query: Any, key: Any, value: Any, lows: Any, highs: Any, scale: Any, logs: Any, deltas: Any,
+    pull: Any, to_key: Any, to_value: Any, start: Any, end: Any,
+) -> None:  # fmt: skip
+    """The keys' and values' gradients, heads of keys `start` to `end`; lows, highs: which queries see each key."""
+    heads, length, width = query.shape[1:]
+    owners, keys, wide = key.shape[1], key.shape[2], padded(width)
+    shared, many = heads // owners, padded(length)
+    key_rows, value_rows = np.empty((padded(keys), wide), np.uint16), np.empty((padded(keys), wide), np.uint16)
+    copied = np.empty((many, wide), np.uint16)
+    query_panels, pull_panels = np.empty((2, many // PANEL, wide // 2, PANEL), np.uint32)
+    query_channels, pull_channels = np.empty((2, wide // PANEL, many // 2, PANEL), np.uint32)
+    scores, pulls = np.empty((STRIP, many), np.float32), np.empty((STRIP, many), np.float32)
+    weights, gradients = np.zeros((STRIP, many), np.uint16), np.zeros((STRIP, many), np.uint16)
+    key_sums, value_sums = np.empty((2, padded(keys), wide), np.float32)
+    log, delta = np.zeros(many, np.float32), np.zeros(many, np.float32)
+    for number in range(start, end):
+        sample, owner = number // owners, number % owners
+        copy_rows(key[sample, owner], key_rows)
+        copy_rows(value[sample, owner], value_rows)
+        key_sums[:] = np.float32(0.0)
+        value_sums[:] = np.float32(0.0)
+        for head in range(owner * shared, (owner + 1) * shared):
+            log[:length], delta[:length] = logs[sample, head], deltas[sample, head]
+            copy_rows(query[sample, head], copied)
+            pack_for_rows(copied, query_panels)
+            pack_for_channels(copied, query_channels)
+            copy_rows(pull[sample, :, head], copied)
+            pack_for_rows(copied, pull_panels)
+            pack_for_channels(copied, pull_channels)
+            for top in range(0, keys, STRIP):
+                rows = min(STRIP, keys - top)
+                low, high = lows[top] // PANEL * PANEL, padded(highs[top + rows - 1])
+                products(key_rows, top, query_panels, low, high, scores)
+                products(value_rows, top, pull_panels, low, high, pulls)
+                for r in range(rows):
+                    hide(scores, r, low, lows[top + r], highs[top + r], high)
+                    place = r * many + low
+                    pull_key(
+                        scores.ctypes.data + 4 * place, pulls.ctypes.data + 4 * place, (high - low) // PANEL, scale,
+                        log.ctypes.data + 4 * low, delta.ctypes.data + 4 * low, weights.ctypes.data + 2 * place,
+                        gradients.ctypes.data + 2 * place,
+                    )  # fmt: skip
+                add_weighted(weights, pull_channels, low, high, value_sums, top)
+                add_weighted(gradients, query_channels, low, high, key_sums, top)
+        for t in range(keys):
+            for i in range(width):
+                to_key[sample, owner, t, i] = as_bf16(key_sums[t, i])
+                to_value[sample, owner, t, i] = as_bf16(value_sums[t, i])
+
+
+def pull_back(
+    query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: float, out: Any, logs: Any, pull: Any,
+    to_query: Any, to_key: Any, to_value: Any,
+) -> None:  # fmt: skip
+    """The gradients of `attention_rows.attend`, whose arguments and results these are.
+
+    Args:
+        pull: the gradient of `out`, bf16 as uint16 [samples, length, heads, width].
+        to_query, to_key, to_value: like query, key and value, written.
+    """
+    samples, heads, length, _ = query.shape
+    owners, keys = key.shape[1:3]
+    number = np.float32(scale)
+    deltas = np.empty((samples, heads, length), np.float32)
+    # Neither firsts nor stops fall, so the queries that see a key are neighbours.
+    places = np.arange(keys)
+    lows, highs = np.searchsorted(stops, places, side="right"), np.searchsorted(firsts, places, side="right")
+    over_rows(
+        samples * heads, length * keys,
+        lambda start, end: _pull_queries(
+            query, key, value, firsts, stops, number, logs, out, pull, deltas, to_query, start, end
+        ),
+    )  # fmt: skip
+    over_rows(
+        samples * owners, length * keys,
+        lambda start, end: _pull_keys(
+            query, key, value, lows, highs, number, logs, deltas, pull, to_key, to_value, start, end
+        ),
+    )  # fmt: skip
