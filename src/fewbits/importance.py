@@ -18,16 +18,19 @@ from typing import Any, cast
 
 import torch
 
+from fewbits.allocator import kept_memory
 from fewbits.block_inputs import BlockInputs
 from fewbits.errors import CalibrationError
+from fewbits.kernels.compiling import as_numpy
+from fewbits.kernels.drawn_labels import draw_labels
+from fewbits.kernels.lanes import HAS_BF16
 from fewbits.layers import LinearLayer
 from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
 from fewbits.watching import Slot, watch
 
-# Logits computed at a time: 16 MB of fp32. Past 32 MB glibc maps every tensor afresh, and touching new pages costs
-# more than softmax itself.
-LOGITS = 1 << 22
+# Logits computed at a time: enough rows for products at full speed, in 32 MB of bf16.
+LOGITS = 1 << 24
 MEMORY_LIMIT = 3 << 29
 # Called with a stage's name and how many of how many blocks are done.
 Watcher = Callable[[str, int, int], None]
@@ -93,6 +96,7 @@ class _Run:
         self._gradients: list[torch.Tensor] = []
         self._weights = {layer.name: torch.zeros(ids.numel()) for layer in layers}
         self._loss = 0.0
+        self._pulls = torch.empty(0, 0)
         self._tokens = ids.numel()
 
     def run(self, inputs: BlockInputs) -> Importance:
@@ -119,7 +123,7 @@ class _Run:
             self._watcher("forward", index + 1, last + 1)
         self._head_s = 0.0
         self._skeleton.materialize_rest(head=True)
-        with self._skeleton.materialized(last):
+        with self._skeleton.materialized(last), kept_memory():
             for micro_batch in self._forward.micro_batches:
                 self._note_entry(inputs, last, micro_batch)
                 # What requires no gradient leaves no graph, so only the tail behind the last block does.
@@ -128,6 +132,7 @@ class _Run:
                 before = time.perf_counter()
                 self._gradients.append(self._through_head(micro_batch))
                 self._head_s += time.perf_counter() - before
+        self._pulls = torch.empty(0, 0)
         self._skeleton.release_rest()
         self._watcher("forward", last + 1, last + 1)
 
@@ -163,6 +168,8 @@ class _Run:
 
     def _drawn_gradient(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Draw a label a row; the gradient of its negative log-probability is softmax − one-hot."""
+        if HAS_BF16 and logits.dtype == torch.bfloat16 and logits.device.type == "cpu":
+            return self._drawn_by_kernel(logits, draws)
         probabilities = logits.float().softmax(-1)
         cumulated = probabilities.cumsum(-1)
         target = (draws * cumulated[:, -1].double()).float()[:, None]
@@ -171,6 +178,14 @@ class _Run:
         self._loss -= float(drawn.clamp_min(1e-30).log().double().sum())
         probabilities.scatter_(-1, labels, drawn - 1)
         return probabilities.to(logits.dtype)
+
+    def _drawn_by_kernel(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        if len(self._pulls) < len(logits):
+            # Kept from call to call: fresh memory of this size costs more than what is done with it.
+            self._pulls = torch.empty_like(logits)
+        gradients = self._pulls[: len(logits)]
+        self._loss += draw_labels(as_numpy(logits), draws.numpy(), as_numpy(gradients))
+        return gradients
 
     def _run_backward(self, inputs: BlockInputs) -> None:
         count = len(self._skeleton.blocks)

@@ -23,7 +23,8 @@ from fewbits.kernels.attention_parts import (
 )
 from fewbits.kernels.compiling import SUMS, widen
 from fewbits.kernels.memory import as_bf16
-from fewbits.kernels.softmax_lanes import PANEL, pull_key, pull_query
+from fewbits.kernels.panel_lanes import PANEL
+from fewbits.kernels.softmax_lanes import pull_key, pull_query
 from fewbits.kernels.strips import STRIP
 from fewbits.kernels.threads import over_rows
 

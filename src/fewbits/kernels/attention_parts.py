@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from fewbits.kernels.lanes import LANES
-from fewbits.kernels.softmax_lanes import PANEL
+from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.strips import STRIP, add_strip
 
 # A strip's sums of a panel, two vectors wide, take half the registers; three would reach further past a diagonal.

@@ -23,7 +23,8 @@ from fewbits.kernels.attention_parts import (
     products,
 )
 from fewbits.kernels.memory import as_bf16
-from fewbits.kernels.softmax_lanes import PANEL, largest_score, weigh_scores
+from fewbits.kernels.panel_lanes import PANEL
+from fewbits.kernels.softmax_lanes import largest_score, weigh_scores
 from fewbits.kernels.strips import STRIP
 from fewbits.kernels.threads import over_rows
 
