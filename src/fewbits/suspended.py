@@ -237,7 +237,9 @@ class SuspendedForward:
         return args, kwargs
 
     def _check_finite(self, number: int, output: Any) -> None:
-        if torch.isfinite(hidden_of(output)).all():
+        hidden = hidden_of(output)
+        # A sum of what is finite is, as a rule; and it costs a fifth of looking at each.
+        if bool(torch.isfinite(hidden.sum(dtype=torch.float32))) or bool(torch.isfinite(hidden).all()):
             return
         names = self.skeleton.block_names
         last = f"; the last good block is {names[number - 1]}" if number else ""

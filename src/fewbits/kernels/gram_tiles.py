@@ -15,7 +15,7 @@ from numba import njit
 
 from fewbits.kernels.compiling import as_bits, as_float, as_numpy
 from fewbits.kernels.lanes import HAS_BF16, LANES
-from fewbits.kernels.memory import as_bf16
+from fewbits.kernels.packed_pairs import pack_pairs
 from fewbits.kernels.strips import STRIP, add_strip
 from fewbits.kernels.threads import over_rows
 
@@ -58,38 +58,33 @@ def _multiply(packed: Any, gram: Any, first: Any, last: Any) -> None:
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _pack(rows: Any, roots: Any, packed: Any, absmax: Any, absolute: Any, first: Any, last: Any) -> None:
-    """Tiles `first` to `last` of rows, with the largest magnitude and the sum of magnitudes by channel."""
+    """16 channels at a time, `first` to `last`, with the largest magnitude and the sum of magnitudes of each."""
     count, width = rows.shape
-    weighted = len(roots) > 0
-    for tile in range(first, last):
-        begin = tile * TILE
-        lanes = min(TILE, width - begin)
-        largest, total = np.zeros(TILE, np.uint16), np.zeros(TILE, np.float32)
-        if lanes < TILE:
-            packed[tile] = np.uint32(0)
-        for pair in range(packed.shape[1]):
-            even, odd = 2 * pair, 2 * pair + 1
-            for lane in range(lanes):
-                low = rows[even, begin + lane]
-                high = rows[odd, begin + lane] if odd < count else np.uint16(0)
-                low_size, high_size = np.uint16(low & np.uint16(0x7FFF)), np.uint16(high & np.uint16(0x7FFF))
-                larger = low_size if low_size > high_size else high_size
-                largest[lane] = larger if larger > largest[lane] else largest[lane]
-                total[lane] += as_float(np.uint32(low_size) << np.uint32(16))
-                total[lane] += as_float(np.uint32(high_size) << np.uint32(16))
-                packed[tile, pair, lane] = np.uint32(low) | np.uint32(np.uint32(high) << np.uint32(16))
-            if weighted:
-                first_root = roots[even]
-                second_root = roots[odd] if odd < count else np.float32(0.0)
+    pairs, weighted = packed.shape[1], len(roots) > 0
+    edge = np.zeros((2 * pairs, LANES), np.uint16)
+    largest, total = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for vector in range(first, last):
+        begin = vector * LANES
+        lanes = min(LANES, width - begin)
+        tile = begin // TILE
+        out = packed.ctypes.data + 4 * (tile * pairs * TILE + begin % TILE)
+        if lanes <= 0:
+            for pair in range(pairs):
+                for lane in range(LANES):
+                    packed[tile, pair, begin % TILE + lane] = np.uint32(0)
+            continue
+        source, step = rows.ctypes.data + 2 * begin, 2 * width
+        if lanes < LANES or count < 2 * pairs:
+            # What lies beyond the last channel or row is not read.
+            for t in range(count):
                 for lane in range(lanes):
-                    both = packed[tile, pair, lane]
-                    low = as_bf16(as_float(np.uint32(both << np.uint32(16))) * first_root)
-                    high = as_bf16(as_float(np.uint32(both & np.uint32(0xFFFF0000))) * second_root)
-                    packed[tile, pair, lane] = np.uint32(low) | np.uint32(np.uint32(high) << np.uint32(16))
+                    edge[t, lane] = rows[t, begin + lane]
+            source, step = edge.ctypes.data, 2 * LANES
+        at = roots.ctypes.data if weighted else np.int64(0)
+        pack_pairs(source, step, at, pairs, out, 4 * TILE, largest.ctypes.data, total.ctypes.data)
         for lane in range(lanes):
             # As bits, so that NaN counts as the largest.
-            magnitude = np.uint32(np.uint32(largest[lane]) << np.uint32(16))
-            absmax[begin + lane] = as_float(max(as_bits(absmax[begin + lane]), magnitude))
+            absmax[begin + lane] = as_float(max(as_bits(absmax[begin + lane]), as_bits(largest[lane])))
             absolute[begin + lane] += total[lane]
 
 
@@ -115,10 +110,14 @@ class GramTiles:
     def add(self, rows: torch.Tensor, roots: torch.Tensor | None) -> None:
         """Add rows, bf16 [count, width], each times its root and then rounded to bf16 again."""
         bits = as_numpy(rows.contiguous())
-        scales = np.empty(0, np.float32) if roots is None else roots.numpy()
+        scales = np.empty(0, np.float32)
+        if roots is not None:
+            # One more, which a last row without a partner is paired with.
+            scales = np.zeros(len(bits) + 1, np.float32)
+            scales[:-1] = roots.numpy()
         for start in range(0, len(bits), ROWS):
             part = bits[start : start + ROWS]
-            self._add(part, scales[start : start + ROWS])
+            self._add(part, scales[start : start + ROWS + 1])
 
     def _add(self, part: Any, roots: Any) -> None:
         pairs = -(-len(part) // 2)
@@ -127,7 +126,7 @@ class GramTiles:
             self._packed = np.empty(size, np.uint32)
         packed = self._packed[:size].reshape(self._tiles, pairs, TILE)
         over_rows(
-            self._tiles, len(part) * TILE,
+            self._tiles * (TILE // LANES), len(part) * LANES,
             lambda first, last: _pack(part, roots, packed, self._absmax, self._absolute, first, last),
         )  # fmt: skip
         over_rows(

@@ -1,0 +1,95 @@
+"""Rows of bf16 numbers laid side by side as pairs, weighted on the way: what strips of products take as factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fewbits.kernels.lanes import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    PAIRS_OF_BF16,
+    Bf16Lanes,
+    Sums,
+    call,
+    indices,
+    load,
+    splat,
+    widened,
+)
+from fewbits.kernels.panel_lanes import spread
+
+_WORDS = ir.VectorType(I32, LANES)
+_HALF = ir.VectorType(I16, LANES)
+_INTERLEAVED = indices(place for lane in range(LANES) for place in (lane, lane + LANES))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pack_pairs(
+    typing_context: Any, rows: Any, step: Any, roots: Any, pairs: Any, out: Any, stride: Any, largest: Any, total: Any
+) -> Any:
+    """Two neighbouring rows at a time of 16 channels as pairs, each number times its row's root and rounded to bf16.
+
+    rows: the address of bf16 rows, `step` bytes apart. roots: of one fp32 number a row, or 0 for none. out: of 32 bits
+    [pairs, 16], `stride` bytes apart. largest, total: of fp32 [16], written: the largest magnitude and the sum of
+    magnitudes by channel, unweighted; NaN counts as the largest.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, step, roots, pairs, out, stride, largest, total = arguments
+        weighted = builder.icmp_signed("!=", roots, ir.Constant(I64, 0))
+        for scaled in (True, False):
+            with builder.if_then(weighted if scaled else builder.not_(weighted)):
+                _over_pairs(builder, rows, step, roots if scaled else None, pairs, out, stride, largest, total)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 8), generate
+
+
+def _over_pairs(
+    builder: Any, rows: Any, step: Any, roots: Any, pairs: Any, out: Any, stride: Any, largest: Any, total: Any
+) -> None:
+    before = builder.block
+    loop, behind = builder.append_basic_block("pairs"), builder.append_basic_block("behind")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    done = builder.phi(I64)
+    done.add_incoming(ir.Constant(I64, 0), before)
+    most, sums = builder.phi(_WORDS), builder.phi(Sums.vector)
+    most.add_incoming(ir.Constant(_WORDS, None), before)
+    sums.add_incoming(ir.Constant(Sums.vector, None), before)
+    after_most, after_sums, sides = most, sums, []
+    for odd in range(2):
+        row = builder.add(builder.mul(done, ir.Constant(I64, 2)), ir.Constant(I64, odd))
+        bits = load(builder, builder.add(rows, builder.mul(row, step)), _HALF)
+        number = widened(builder, bits)
+        magnitude = builder.and_(builder.bitcast(number, _WORDS), splat(_WORDS, 0x7FFFFFFF))
+        above = builder.icmp_unsigned(">", magnitude, after_most)
+        after_most = builder.select(above, magnitude, after_most)
+        after_sums = builder.fadd(after_sums, builder.bitcast(magnitude, Sums.vector))
+        if roots is not None:
+            root = load(builder, builder.add(roots, builder.mul(row, ir.Constant(I64, 4))), F32)
+            number = builder.fmul(number, spread(builder, root))
+        sides.append(bits if roots is None else number)
+    if roots is None:
+        words = builder.shuffle_vector(*sides, _INTERLEAVED)
+    else:
+        both = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS_OF_BF16, [sides[1], sides[0]])
+        bits = builder.bitcast(both, Bf16Lanes.vector)
+        words = builder.shuffle_vector(bits, bits, _INTERLEAVED)
+    place = builder.add(out, builder.mul(done, stride))
+    builder.store(words, builder.inttoptr(place, Bf16Lanes.vector.as_pointer()), align=4)
+    following = builder.add(done, ir.Constant(I64, 1))
+    done.add_incoming(following, loop)
+    most.add_incoming(after_most, loop)
+    sums.add_incoming(after_sums, loop)
+    builder.cbranch(builder.icmp_signed("<", following, pairs), loop, behind)
+    builder.position_at_end(behind)
+    builder.store(after_most, builder.inttoptr(largest, _WORDS.as_pointer()), align=4)
+    builder.store(after_sums, builder.inttoptr(total, Sums.vector.as_pointer()), align=4)
