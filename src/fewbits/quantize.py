@@ -17,6 +17,7 @@ from fewbits.config import QuantConfig
 from fewbits.convert import Conversion, FinishedShard, NonFiniteWeights, ShardWork
 from fewbits.errors import CalibrationError, PlanError
 from fewbits.formats import DEFAULT_FORMAT, FORMATS
+from fewbits.kernels.threads import rest_between_products
 from fewbits.notes import Note
 from fewbits.plan import Plan, plan, without
 from fewbits.progress import Progress, Silent
@@ -106,6 +107,7 @@ def _calibration_choice(
     device: str,
     progress: Progress,
 ) -> CalibrationChoice:
+    rest_between_products()
     from fewbits.calibration import OWN_TEXT, read_calibration
     from fewbits.forward_dtype import forward_dtype, require_device
     from fewbits.suspended import require_packages

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 RUNS = 8
 # Waking a thread takes as long as rounding this many weights.
 ALONE = 2**17
+# Of a waiting OpenMP thread: some microseconds, longer than it takes torch to begin the next product.
+SPINS = "2000"
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 
@@ -33,6 +35,15 @@ def thread_count() -> int:
         return torch.get_num_threads()
     named = os.environ.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdecimal() and int(named) > 0 else processors()
+
+
+def rest_between_products() -> None:
+    """Have torch's OpenMP threads sleep soon after each product, where torch is still to be loaded.
+
+    By default they wait for the next one on their processors for milliseconds, and ours find none that is free.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def over_rows(rows: int, columns: int, work: Callable[[int, int], None], multiple: int = 1) -> None:
