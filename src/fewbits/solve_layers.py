@@ -186,15 +186,16 @@ def _solved_together(
     if statistics.tokens < TOKENS_PER_CHANNEL * first.shape[1]:
         what = f"solved on {statistics.tokens} tokens for {first.shape[1]} inputs"
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
-    stacked = torch.cat([weight.float() for weight in weights])
+    stacked = torch.cat(list(weights))
     H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
     options = replace(gptq.DEFAULTS, damping=_damping(statistics))
     solution = (
         gptq.solve(stacked, method.scheme, scale_dtype, H, options)
         if s is None
-        else gptq.solve(stacked * s, method.scheme, scale_dtype, H / s / s[:, None], options)
+        else gptq.solve(stacked.float() * s, method.scheme, scale_dtype, H / s / s[:, None], options)
     )
     notes += [Note(layers[0].name, what, why) for what, why in solution.notes]
+    decoded = None if s is None else solution.decoded / s
     solved = {}
     start = 0
     for layer, weight in zip(layers, weights, strict=True):
@@ -209,9 +210,9 @@ def _solved_together(
             solution.squared_error[rows].sum().item(),
             solution.squared_norm[rows].sum().item(),
         )
-        if s is not None:
-            wide = stacked[rows]
-            squared_error = (wide - solution.decoded[rows] / s).square().sum(1).sum(dtype=torch.float64).item()
+        if decoded is not None:
+            wide = weight.float()
+            squared_error = (wide - decoded[rows]).square().sum(1).sum(dtype=torch.float64).item()
             squared_norm = wide.square().sum(1).sum(dtype=torch.float64).item()
         record = layer_record(planned[layer.name], squared_error, squared_norm, output_error)
         solved[layer.name] = SolvedLayer(seal(solution.codes[rows], solution.scales[rows], zeros, method), record, s)

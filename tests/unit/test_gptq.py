@@ -156,6 +156,18 @@ def test_consumers_of_one_input_may_be_stacked_and_rows_come_in_any_order(option
     assert alike(turned.codes, stacked.codes[permutation])
 
 
+@pytest.mark.parametrize("scheme", [Scheme("int", 4, True, GROUP), Scheme("int", 4, False, GROUP)], ids=str)
+def test_rows_may_be_solved_in_parts(monkeypatch: pytest.MonkeyPatch, scheme: Scheme) -> None:
+    W, H = weight(rows=300), gram()
+    whole = solve(W, scheme, BF16, H)
+    monkeypatch.setattr("fewbits.solvers.gptq.ROW_NUMBERS", 1)
+    parts = solve(W.bfloat16().float(), scheme, BF16, H)
+    again = solve(W.bfloat16(), scheme, BF16, H)
+    assert alike(solve(W, scheme, BF16, H).codes, whole.codes) and alike(parts.codes, again.codes)
+    assert whole.output_error is not None and parts.output_norm is not None
+    assert parts.output_norm.shape == whole.output_error.shape == (300,)
+
+
 def test_blocks_of_columns_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H, scheme = weight(), gram(), Scheme("int", 4, True, 0)
     whole = solve(W, scheme, torch.float32, H, plainest())

@@ -21,13 +21,15 @@ from fewbits.kernels.rounding import search_grid
 from fewbits.numerics import Search, candidate_grids
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
-from fewbits.solvers.factorization import DAMPING, inverse_factor
-from fewbits.solvers.solution import Solution
+from fewbits.solvers.factorization import DAMPING, Factor, inverse_factor
+from fewbits.solvers.solution import Solution, joined
 
 # Columns swept at a time where a scale spans the whole row, and at least so many in a block of the descent.
 BLOCK = 128
 # Columns of H multiplied at a time where its symmetry saves half.
 PANEL = 512
+# Weights of the rows solved at a time: each step of the way has a copy of them in fp32.
+ROW_NUMBERS = 1 << 24
 # Rows compared with plain rounding; only if one of them came out worse, all are.
 SAMPLED_ROWS = 64
 
@@ -68,8 +70,9 @@ def solve(
 
     Channels that were never active keep their weights and are rounded plainly. Where H cannot be factored, all are.
     """
-    W = W.to(torch.float32)
     K = W.shape[1]
+    some = max(BLOCK, ROW_NUMBERS // K)
+    parts = [W[start : start + some] for start in range(0, len(W), some)]
     dead = H.diagonal() <= 0
     living = H.clone()
     living.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
@@ -81,20 +84,39 @@ def solve(
     del living
     factor = inverse_factor(turned, options.damping)
     if factor is None:
-        rounded = _rounded(W, scheme, scale_dtype, options.search, diagonal)
-        return _solution(W, rounded, scheme, H, (("rounded plainly", "its statistic cannot be factored"),))
+        notes = (("rounded plainly", "its statistic cannot be factored"),)
+        plain = [
+            (part.float(), _rounded(part.float(), scheme, scale_dtype, options.search, diagonal)) for part in parts
+        ]
+        return joined([_solution(*pair, scheme, H, notes) for pair in plain])
+    if factor.trouble is None:
+        turned.diagonal().add_(factor.damping)
+    return joined(
+        [_solved(part.float(), H, turned, factor, order, diagonal, scheme, scale_dtype, options) for part in parts]
+    )
+
+
+def _solved(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    turned: torch.Tensor,
+    factor: Factor,
+    order: torch.Tensor,
+    diagonal: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    options: GptqOptions,
+) -> Solution:
+    """Some rows. turned: H with its channels in `order`, damped as the factor is; diagonal: before damping."""
     notes = () if factor.trouble is None else (("solved with a doctored statistic", factor.trouble),)
-    trouble, damping = factor.trouble, factor.damping
     solved, loss = _sweep(W, factor.U, order, diagonal, scheme, scale_dtype, options)
-    del factor
     # A doctored factor belongs to another H than this, by which steps could go astray.
-    if trouble is None:
-        turned.diagonal().add_(damping)
+    if factor.trouble is None:
         loss -= _descend(W, solved, turned, order, scheme, options.passes)
-    if _restore_worse_rows(W, solved, scheme, options.search, H) or trouble is not None:
+    if _restore_worse_rows(W, solved, scheme, options.search, H) or factor.trouble is not None:
         return _solution(W, solved, scheme, H, notes)
     # The sweep's own loss is that by the damped H.
-    return _solution(W, solved, scheme, H, notes, (loss, diagonal - H.diagonal() + damping))
+    return _solution(W, solved, scheme, H, notes, (loss, diagonal - H.diagonal() + factor.damping))
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
@@ -244,15 +266,14 @@ def _solution(
     damped: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Solution:
     """The solution with what it lost; `damped` is the loss by H plus a diagonal, and that diagonal, if known."""
-    decoded = decode_codes(*solved, scheme)
-    missed = W - decoded
+    missed = W - decode_codes(*solved, scheme)
     if damped is None:
         output_error = _quadratic(missed, H)
     else:
         loss, added = damped
         output_error = (loss - missed.square() @ added).clamp_min(0)
     return Solution(
-        *solved, decoded,
+        scheme, *solved,
         squared_error=missed.square().sum(1, dtype=torch.float64),
         squared_norm=W.square().sum(1, dtype=torch.float64),
         output_error=output_error,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -44,9 +45,13 @@ class ScaleProblem:
         s = s / s[~still].log().mean().exp()
         return s.clamp(1 / largest_ratio, largest_ratio).masked_fill(still, 1.0)
 
-    @property
+    @cached_property
+    def largest_weights(self) -> torch.Tensor:
+        """max |W| of each channel and those tied to it, fp32 [K]."""
+        return self.ties.largest(self.W.abs().amax(0))
+
+    @cached_property
     def still(self) -> torch.Tensor:
         """Channels whose scale is 1, bool [K]: never active, no weights, or nothing takes their scale up."""
         seen = self.ties.largest(self.statistics.absmax) > 0
-        weighed = self.ties.largest(self.W.abs().amax(0)) > 0
-        return ~(seen & weighed) | self.ties.fixed
+        return ~(seen & (self.largest_weights > 0)) | self.ties.fixed

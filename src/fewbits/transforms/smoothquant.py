@@ -57,9 +57,8 @@ def _balanced(problem: ScaleProblem, rows: torch.Tensor, s: torch.Tensor) -> tor
 
 
 def _scales(problem: ScaleProblem, alpha: float) -> torch.Tensor:
-    weight_max = problem.ties.largest(problem.W.abs().amax(0))
     input_max = problem.ties.largest(problem.statistics.absmax)
-    return problem.centred(smooth_quant_scales(weight_max, input_max, alpha), LARGEST_RATIO)
+    return problem.centred(smooth_quant_scales(problem.largest_weights, input_max, alpha), LARGEST_RATIO)
 
 
 def _loss(problem: ScaleProblem, rows: torch.Tensor, s: torch.Tensor, H: torch.Tensor) -> float:
