@@ -1,7 +1,7 @@
 """AWQ and SmoothQuant against llm-compressor: what is left of a model, and how long it took, on the same tokens.
 
 Usage: python bench/transforms.py MODEL --calibration TEXT --evaluation TEXT --peer PYTHON [--group-size 64]
-       [--methods awq smoothquant] [--samples 64] [--length 512] [--windows 16]
+       [--methods awq smoothquant] [--only NAME ...] [--samples 64] [--length 512] [--windows 16]
 
 PYTHON has llm-compressor 0.14 (see peers/llm_compressor.py). Both sides get the same token ids, run as processes of
 their own, in turn, and are measured by one evaluation: KL(reference ‖ quantized) in fp32, inputs rounded where a scheme
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--peer")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--methods", nargs="+", choices=list(OURS), default=list(OURS))
+    parser.add_argument("--only", nargs="+", help="of our rows those with these names")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
@@ -106,7 +107,10 @@ def main() -> None:
         for method in args.methods:
             for name, options in PEER[method].items() if args.peer else ():
                 rows[f"llm-compressor {name}"] = peers(args, options, ids, folder / f"llm-compressor {name}")
-            for name, options in OURS[method].items():
+            for name in args.only or OURS[method]:
+                options = OURS[method].get(name)
+                if options is None:
+                    continue
                 rows[f"fewbits {name}"] = ours(args, name, options, ids, folder / f"fewbits {name}")
         found = evaluate_many(
             args.model, {name: folder / name for name in rows}, Path(args.evaluation), windows=args.windows

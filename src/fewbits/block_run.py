@@ -20,6 +20,7 @@ from fewbits.block_folds import Folding, find_block_folds, refusal_notes
 from fewbits.errors import CalibrationError
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
+from fewbits.probing import PROBE_TOKENS, first_tokens
 from fewbits.skeleton import Part, Skeleton
 from fewbits.statistics import Statistics, StatisticsAccumulator
 from fewbits.suspended import MicroBatch, SuspendedForward
@@ -169,7 +170,12 @@ class BlockRun:
             self._groups[slot.parameter, slot.expert] = group
 
         self._watcher = record
-        self._forward.run_alone(self._index, self._forward.micro_batches[0])
+        micro_batch = self._forward.micro_batches[0]
+        arguments = self._forward.arguments_of(self._index, micro_batch)
+        # Of experts as many as can be are to be reached; a few tokens come by everything else.
+        if not any(expert is not None or _numbered(parameter) for parameter, expert in self._parts):
+            arguments = first_tokens(arguments, PROBE_TOKENS, dtype=None)
+        self._forward.call(self._index, micro_batch, arguments)
 
     def _find_folds(self, block: nn.Module) -> None:
         """Give the groups that want one a fold, and say which do without."""
@@ -191,7 +197,7 @@ class BlockRun:
     def _order(self, slot: Slot) -> tuple[int, int, int]:
         """Where a slot stands: as first seen, and experts of a list by their number, though only some are seen."""
         path = slot.parameter.split(".")
-        numbers = [place for place, part in enumerate(path) if part.isdecimal()]
+        numbers = _numbered(slot.parameter)
         if slot.expert is not None:
             unit, number, member = ".".join(path[:-1]), slot.expert, path[-1]
         elif numbers:
@@ -326,6 +332,11 @@ class BlockRun:
             self._solve([layer], [weight.T.contiguous() if layer.transposed else weight], None)
             self._timings.solve_s += time.perf_counter() - before
             self._finished([layer])
+
+
+def _numbered(parameter: str) -> list[int]:
+    """Where in a parameter's name numbers of list members stand."""
+    return [place for place, part in enumerate(parameter.split(".")) if part.isdecimal()]
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

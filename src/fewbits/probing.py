@@ -159,8 +159,8 @@ def identity(tensor: torch.Tensor) -> Identity:
     return tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor._version, tensor.dtype
 
 
-def first_tokens(arguments: Arguments, tokens: int) -> Arguments:
-    """A block's arguments cut to the first tokens of the first sample, floats in fp32."""
+def first_tokens(arguments: Arguments, tokens: int, dtype: torch.dtype | None = torch.float32) -> Arguments:
+    """A block's arguments cut to the first tokens of the first sample, floats in a dtype (None: as they are)."""
     args, kwargs = arguments
     hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     batch, length = hidden.shape[:2]
@@ -179,7 +179,7 @@ def first_tokens(arguments: Arguments, tokens: int) -> Arguments:
         for dim in {1: (0,), 2: (1,), 3: (1,), 4: (2, 3)}.get(dims, ()):
             if value.shape[dim] == length:
                 value = value.narrow(dim, 0, min(tokens, length))
-        return value.to(torch.float32) if value.is_floating_point() else value
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
     return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
 
