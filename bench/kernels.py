@@ -31,6 +31,8 @@ from fewbits.search import DATA_FREE_SEARCH, MINMAX, Search
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 INT8, FP8, INT4 = Scheme("int", 8, True), Scheme("float", 8, True), Int4Asymmetric(group_size=128).scheme
+# OpenMP's threads, torch's copy among their work, spin for milliseconds before they leave a processor to others.
+PAUSE_S = 0.02
 # Plain torch takes seconds for the search; once is enough to tell.
 SLOW_RUNS = 1
 
@@ -72,6 +74,7 @@ def sides(weight: torch.Tensor) -> dict[str, tuple[Callable[[], object], Callabl
 
 
 def elapsed_ms(call: Callable[[], object]) -> float:
+    time.sleep(PAUSE_S)
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
