@@ -23,6 +23,9 @@ from fewbits.progress import Progress
 from fewbits.report import LayerRecord, layer_record
 from fewbits.search import DATA_FREE_SEARCH
 
+# More threads than compute at once: with one, processors and disk were both idle for a third of the time, as all threads
+# were waiting for a write.
+AT_THE_DISK = 3
 # Beyond this many, threads would only wait for the disk; each has its own buffers.
 MOST_THREADS = 16
 Source = tuple[TensorEntry, PlannedLayer | None]
@@ -101,8 +104,7 @@ class Conversion:
                 return work
 
             try:
-                # One more than compute at once: another waits for the disk.
-                team.run(min(thread_count() + 1, MOST_THREADS, len(jobs)), prepare, watch)
+                team.run(min(thread_count() + AT_THE_DISK, MOST_THREADS, len(jobs)), prepare, watch)
             finally:
                 closer.finish()
                 for shard in opened:
