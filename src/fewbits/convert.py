@@ -23,7 +23,7 @@ from fewbits.progress import Progress
 from fewbits.report import LayerRecord, layer_record
 from fewbits.search import DATA_FREE_SEARCH
 
-# More threads than compute at once: with one, processors and disk were both idle for a third of the time, as all threads
+# More threads than compute at once. With one more, processors and disk were idle for a third of the time, as all threads
 # were waiting for a write.
 AT_THE_DISK = 3
 # Beyond this many, threads would only wait for the disk; each has its own buffers.
