@@ -44,7 +44,7 @@ def llama_70b() -> tuple[dict[str, object], Shapes]:
 
 
 def mixtral_8x22b() -> tuple[dict[str, object], Shapes]:
-    """56 blocks of 8 experts, 281 GB, 1,349 linears."""
+    """56 blocks of 8 experts, 281 GB, 1,568 linears."""
     block = attention(6144, 1024) | {"block_sparse_moe.gate": (8, 6144)}
     for expert in range(8):
         block |= gated(f"block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"), 6144, 16384)
