@@ -33,6 +33,8 @@ check: setup ## Formatting, lint, types, layering
 bench: setup ## Run the benchmarks that need no second tool; rows go to bench/results
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/streaming.py
+	$(BIN)/python bench/streaming.py --summary
+	$(BIN)/python bench/planning.py
 
 golden: setup ## Make the golden bytes anew with the reference libraries
 	$(BIN)/python tests/golden/make_golden.py

@@ -1,4 +1,4 @@
-"""Rounding one weight, compiled, against a copy of the same bytes and against plain torch.
+"""Rounding one weight and decoding it, compiled, against a copy of the same bytes and against plain torch.
 
 Usage: python bench/kernels.py [--rows 14336] [--columns 4096] [--runs 15]
 
@@ -21,13 +21,18 @@ import torch
 from fewbits import numerics
 from fewbits.kernels.channels import round_channel_fp8, round_channel_int8
 from fewbits.kernels.groups import round_groups
+from fewbits.kernels.rounding import round_rows
+from fewbits.kernels.row_decoder import RowDecoder
+from fewbits.kernels.spec import LinearWeight
 from fewbits.methods import Int4Asymmetric
 from fewbits.packing import pack_rows, words_for
 from fewbits.schemes import Scheme
 from fewbits.search import DATA_FREE_SEARCH, MINMAX, Search
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
-INT4 = Int4Asymmetric(group_size=128).scheme
+INT8, FP8, INT4 = Scheme("int", 8, True), Scheme("float", 8, True), Int4Asymmetric(group_size=128).scheme
+# OpenMP's threads, torch's copy among their work, spin for milliseconds before they leave a processor to others.
+PAUSE_S = 0.02
 # Plain torch takes seconds for the search; once is enough to tell.
 SLOW_RUNS = 1
 
@@ -46,6 +51,13 @@ def sides(weight: torch.Tensor) -> dict[str, tuple[Callable[[], object], Callabl
     def plain(scheme: Scheme, search: Search) -> Callable[[], object]:
         return lambda: pack_rows(numerics.round_groups(weight, scheme, dtype, search).codes, 4)
 
+    def decoding(scheme: Scheme) -> tuple[Callable[[], object], Callable[[], object]]:
+        rounded = round_rows(weight, scheme, MINMAX)
+        codes = rounded.codes.view(torch.uint8) if scheme.kind == "float" else rounded.codes
+        stored = LinearWeight(codes, rounded.scales, rounded.zeros, (weight.shape[0], weight.shape[1]), scheme)
+        decoder = RowDecoder(stored)
+        return lambda: decoder.decode(0, target), lambda: target.copy_(stored.decoded())
+
     return {
         "copy": (lambda: target.copy_(weight), lambda: target.copy_(weight)),
         "int8": (
@@ -55,10 +67,14 @@ def sides(weight: torch.Tensor) -> dict[str, tuple[Callable[[], object], Callabl
         "fp8": (lambda: round_channel_fp8(weight, dtype, floats), lambda: numerics.round_channel_fp8(weight, dtype)),
         "int4 min/max, packed": (packed(MINMAX), plain(INT4, MINMAX)),
         "int4 searched, packed": (packed(DATA_FREE_SEARCH), plain(INT4, DATA_FREE_SEARCH)),
+        "int8 decoded": decoding(INT8),
+        "fp8 decoded": decoding(FP8),
+        "int4 decoded": decoding(INT4),
     }
 
 
 def elapsed_ms(call: Callable[[], object]) -> float:
+    time.sleep(PAUSE_S)
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)

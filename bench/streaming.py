@@ -1,9 +1,12 @@
 """A whole checkpoint through `fewbits quantize`, against `cp` of the same files with a final sync.
 
 Usage: python bench/streaming.py [--sizes 1 4 8] [--runs 3] [--folder DIR]
+       python bench/streaming.py --summary
 
-Llama 3 8B shapes in bf16 (as many blocks as fit the size, the embeddings included), in three files, made on the spot.
-Both sides run as processes of their own, in turn; a row gives the medians, their ratio and the peak resident memory.
+Llama 3 8B shapes in bf16 (as many blocks as fit the size, the embeddings included), in three files, made on the spot
+unless they lie in DIR already. Both sides run as processes of their own, in turn; a row gives one round: the seconds
+and the peak resident memory of each. The summary gives medians over all rounds of a size, and of the ratio to `cp` in
+the same round.
 """
 
 from __future__ import annotations
@@ -109,40 +112,55 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[4.0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
+    parser.add_argument("--summary", action="store_true", help="only print medians of all rounds so far")
     parser.add_argument("--make", type=Path, help="only write a checkpoint of the first size into this folder")
     args = parser.parse_args()
     if args.make is not None:
         make_checkpoint(args.make, args.sizes[0])
         return
-    fewbits = str(Path(sys.executable).parent / "fewbits")
-    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+    if args.summary:
+        summarize()
+        return
+    with tempfile.TemporaryDirectory() as scratch:
         for size in args.sizes:
-            source, out = Path(scratch) / f"source-{size:g}", Path(scratch) / "out"
-            subprocess.run([sys.executable, __file__, "--sizes", str(size), "--make", str(source)], check=True)
-            commands = {"cp": ["cp", "-r", str(source), str(out)]}
-            for method, options in METHODS.items():
-                commands[method] = [fewbits, "quantize", str(source), str(out), "-m", method, *options, "--quiet"]
-            for command in commands.values():  # One run each to warm page cache and compiled kernels.
-                timed(command, out)
-            runs: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+            source = (args.folder or Path(scratch)) / f"source-{size:g}"
+            if not source.exists():
+                subprocess.run([sys.executable, __file__, "--sizes", str(size), "--make", str(source)], check=True)
             for run in range(args.runs):
-                # Forwards and backwards in turn: what the one before left for the disk to do counts for each alike.
-                for name in list(commands)[:: 1 if run % 2 == 0 else -1]:
-                    runs[name].append(timed(commands[name], out))
-            copy_s = statistics.median(elapsed for elapsed, _ in runs["cp"])
-            for name, results in runs.items():
-                seconds = [elapsed for elapsed, _ in results]
-                row = {
-                    "bench": "streaming", "gigabytes": size, "what": name,
-                    "median_s": round(statistics.median(seconds), 3),
-                    "min_s": round(min(seconds), 3), "max_s": round(max(seconds), 3),
-                    "times_cp": round(statistics.median(seconds) / copy_s, 3),
-                    "peak_mib": round(max(memory for _, memory in results) / 2**20), "runs": args.runs,
-                }  # fmt: skip
-                print(json.dumps(row), flush=True)
+                row = measure(source, source.with_name("out"), backwards=run % 2 == 1)
+                print(json.dumps(row | {"gigabytes": size}), flush=True)
                 with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-            shutil.rmtree(source)
+                    file.write(json.dumps({"bench": "streaming round", "gigabytes": size} | row) + "\n")
+
+
+def measure(source: Path, out: Path, *, backwards: bool) -> dict[str, dict[str, float]]:
+    """One round: each command once. What the one before left for the disk to do counts for each alike over two."""
+    fewbits = str(Path(sys.executable).parent / "fewbits")
+    commands = {"cp": ["cp", "-r", str(source), str(out)]}
+    for method, options in METHODS.items():
+        commands[method] = [fewbits, "quantize", str(source), str(out), "-m", method, *options, "--quiet"]
+    for file in source.iterdir():  # Into the page cache.
+        subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
+    row = {}
+    for name in list(commands)[:: -1 if backwards else 1]:
+        elapsed_s, peak_bytes = timed(commands[name], out)
+        row[name] = {"s": round(elapsed_s, 3), "peak_mib": round(peak_bytes / 2**20)}
+    return row
+
+
+def summarize() -> None:
+    """Medians of what the results hold, by size and command."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rounds = [row for row in rows if row["bench"] == "streaming round"]
+    for size in sorted({row["gigabytes"] for row in rounds}):
+        alike = [row for row in rounds if row["gigabytes"] == size]
+        for name in ("cp", *METHODS):
+            seconds = [row[name]["s"] for row in alike]
+            ratio = statistics.median(row[name]["s"] / row["cp"]["s"] for row in alike)
+            print(
+                f"{size:g} GB, {name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
+                f"{ratio:.2f} of cp, peak {max(row[name]['peak_mib'] for row in alike)} MiB, {len(alike)} rounds"
+            )
 
 
 if __name__ == "__main__":

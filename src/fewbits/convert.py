@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,20 @@ from fewbits.checkpoints.reader import TensorReader
 from fewbits.checkpoints.writer import ShardWriter
 from fewbits.errors import QuantizationError
 from fewbits.formats import FORMATS, Format
-from fewbits.kernels.rows import code_bytes, holds_nonfinite, round_tile
+from fewbits.kernels.rows import RoundedRows, code_bytes, holds_nonfinite, round_tile
 from fewbits.kernels.threads import thread_count
 from fewbits.layout import TensorEntry
+from fewbits.notes import Note
 from fewbits.pipeline import Team, Tile, Work, tiles
 from fewbits.plan import Plan, PlannedLayer
 from fewbits.progress import Progress
 from fewbits.report import LayerRecord, layer_record
+from fewbits.scale_limits import count_at_limit, note_at_limit
 from fewbits.search import DATA_FREE_SEARCH
 
+# More threads than compute at once. With one more, processors and disk were idle a third of the time, as all threads
+# were waiting for a write.
+AT_THE_DISK = 3
 # Beyond this many, threads would only wait for the disk; each has its own buffers.
 MOST_THREADS = 16
 Source = tuple[TensorEntry, PlannedLayer | None]
@@ -54,6 +59,7 @@ class FinishedShard:
     number: int
     digests: dict[str, str]
     layers: tuple[LayerRecord, ...]
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass
@@ -101,13 +107,20 @@ class Conversion:
                 return work
 
             try:
-                # One more than compute at once: another waits for the disk.
-                team.run(min(thread_count() + 1, MOST_THREADS, len(jobs)), prepare, watch)
+                team.run(min(thread_count() + AT_THE_DISK, MOST_THREADS, len(jobs)), prepare, watch)
             finally:
                 closer.finish()
                 for shard in opened:
                     shard.abort()
         closer.raise_failure()
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """What is known of a layer once it is rounded."""
+
+    record: LayerRecord
+    note: Note | None
 
 
 @dataclass
@@ -125,25 +138,26 @@ class _Shard:
         self._writer: ShardWriter | None = None
         self._lock = threading.Lock()
         self._left = len(work.sources)
-        self._records: dict[int, LayerRecord] = {}
+        self._converted: dict[int, _Converted] = {}
 
     def fill(self, place: int, worker: _Worker, check: Callable[[], None]) -> bool:
         """Write what the source tensor at `place` becomes; True if it was the last that was missing."""
         with self._lock:
             if self._writer is None:
                 self._writer = self._open(self.work.number)
-        record = worker.convert(self.work.sources[place], self._writer, check)
+        converted = worker.convert(self.work.sources[place], self._writer, check)
         with self._lock:
-            if record is not None:
-                self._records[place] = record
+            if converted is not None:
+                self._converted[place] = converted
             self._left -= 1
             return self._left == 0
 
     def close(self) -> FinishedShard:
         """Bring the shard to the disk."""
         assert self._writer is not None
-        records = tuple(self._records[place] for place in sorted(self._records))
-        return FinishedShard(self.work.number, self._writer.close(), records)
+        layers = [self._converted[place] for place in sorted(self._converted)]
+        notes = tuple(layer.note for layer in layers if layer.note is not None)
+        return FinishedShard(self.work.number, self._writer.close(), tuple(layer.record for layer in layers), notes)
 
     def abort(self) -> None:
         """Delete what is not whole."""
@@ -194,12 +208,13 @@ class _Worker:
     allow_nonfinite: bool
     _buffers: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
-    def convert(self, source: Source, writer: ShardWriter, check: Callable[[], None]) -> LayerRecord | None:
-        """Write what a source tensor becomes; the record of a layer that was quantized."""
+    def convert(self, source: Source, writer: ShardWriter, check: Callable[[], None]) -> _Converted | None:
+        """Write what a source tensor becomes; something is to be said of a layer that was quantized."""
         entry, layer = source
         self.counter.name = entry.name
         parts = None if layer is None else _Parts(self.format, layer, writer)
         error = norm = 0.0
+        scales = at_limit = 0
         for tile in tiles(entry, layer):
             check()
             content = self._buffer("read", tile.stop - tile.start)
@@ -209,19 +224,20 @@ class _Worker:
                     raise NonFiniteWeights(entry, None)
                 writer.write(entry.name, content, tile.start)
             else:
-                encoded, tile_error, tile_norm = self._round(tile, layer, content)
-                error += tile_error
-                norm += tile_norm
-                parts.write(encoded)
+                rows = self._round(tile, layer, content)
+                error += rows.squared_error
+                norm += rows.squared_norm
+                scales += rows.scales.size
+                at_limit += count_at_limit(rows.scales, layer.scale_dtype)
+                parts.write(tile, rows)
             self.counter.bytes += tile.stop - tile.start
         if layer is None or parts is None:
             return None
         parts.finish()
-        return layer_record(layer, error, norm)
+        note = note_at_limit(layer.name, at_limit, scales, layer.scale_dtype) if at_limit else None
+        return _Converted(layer_record(layer, error, norm), note)
 
-    def _round(
-        self, tile: Tile, layer: PlannedLayer, content: Any
-    ) -> tuple[Mapping[str, np.ndarray[Any, Any]], float, float]:
+    def _round(self, tile: Tile, layer: PlannedLayer, content: Any) -> RoundedRows:
         assert layer.method is not None
         scheme, columns = layer.method.scheme, layer.shape[1]
         row_bytes = tile.entry.nbytes // tile.entry.shape[0]
@@ -229,8 +245,7 @@ class _Worker:
         rows = round_tile(content, tile.entry.dtype, columns, scheme, DATA_FREE_SEARCH, layer.scale_dtype, codes)
         if rows.nonfinite:
             raise NonFiniteWeights(tile.entry, layer.name)
-        encoded = self.format.encode_rows(layer.name, rows, scheme, layer.shape, tile.first_row)
-        return encoded, rows.squared_error, rows.squared_norm
+        return rows
 
     def _buffer(self, name: str, size: int) -> np.ndarray[Any, Any]:
         """Memory that is touched once and used again: fresh pages cost more than the rounding."""
@@ -244,13 +259,17 @@ class _Parts:
 
     def __init__(self, format: Format, layer: PlannedLayer, writer: ShardWriter) -> None:
         self._writer = writer
+        self._format, self._layer = format, layer
         self._across = format.ROW_AXIS == 1
         self._shapes = {tensor.name: tensor.shape for tensor in layer.outputs}
         self._filled: dict[str, int] = {}
         self._whole: dict[str, np.ndarray[Any, Any]] = {}
 
-    def write(self, encoded: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def write(self, tile: Tile, rows: RoundedRows) -> None:
         """Take the parts that come from one tile; columns are kept until all are there."""
+        layer = self._layer
+        assert layer.method is not None
+        encoded = self._format.encode_rows(layer.name, rows, layer.method.scheme, layer.shape, tile.first_row)
         for name, part in encoded.items():
             filled = self._filled.get(name, 0)
             if self._across and part.ndim == 2:

@@ -226,9 +226,10 @@ class _Run:
         return ShardWriter(self.folder.path, self.plan.shards[number])
 
     def _record(self, shard: FinishedShard) -> None:
-        layers = [asdict(record) for record in shard.layers]
-        file = self.plan.shards[shard.number].file
-        self.journal.append(file, shard.digests, layers)
+        if self.strict and shard.notes:
+            raise PlanError(f"strict: {shard.notes[0]}", "resolve it in the config, or run without --strict")
+        layers, notes = [asdict(record) for record in shard.layers], [asdict(note) for note in shard.notes]
+        self.journal.append(self.plan.shards[shard.number].file, shard.digests, layers, notes)
 
     def finish(self) -> Report:
         """Write config, index, companions and manifest, and give the folder its final name."""

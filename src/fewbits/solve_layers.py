@@ -16,6 +16,7 @@ from fewbits.notes import Note
 from fewbits.packing import decode, seal
 from fewbits.plan import PlannedLayer
 from fewbits.report import LayerRecord, layer_record
+from fewbits.scale_limits import count_at_limit, note_at_limit
 from fewbits.search import MINMAX, Search
 from fewbits.solvers import gptq
 from fewbits.solvers.rtn import quantize_rows
@@ -94,6 +95,11 @@ def solve_group(
         stack = [layers[i] for i in members], [weights[i] for i in members]
         solve = _solved_together if _method(planned, stack[0]).solver_name == "gptq" else _rounded_together
         solved |= solve(*stack, statistics, planned, notes, s)
+    for name, found in solved.items():
+        bits, dtype = found.weight.scales.cpu(), planned[name].scale_dtype
+        bits = bits.view({2: torch.uint16, 4: torch.uint32}[bits.element_size()])
+        if count := count_at_limit(bits.numpy(), dtype):
+            notes.append(note_at_limit(name, count, bits.numel(), dtype))
     return solved
 
 

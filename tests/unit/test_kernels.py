@@ -33,7 +33,7 @@ def same(one: Rounded, other: Rounded) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 130)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 130), (5, 32), (9, 224)])
 def test_channels(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     weight = weights(*shape, dtype)
     same(channels.round_channel_int8(weight, dtype), numerics.round_channel_int8(weight, dtype))
@@ -60,6 +60,55 @@ def test_groups_weighted_by_importance(dtype: torch.dtype) -> None:
     scheme = Scheme("int", 4, False, 64)
     expected = numerics.round_groups(weight, scheme, dtype, SEARCH, importance)
     same(groups.round_groups(weight, scheme, dtype, SEARCH, importance), expected)
+
+
+COMMON = [Scheme("int", 8, True), Scheme("float", 8, True), Scheme("int", 4, False, 32)]
+SCALE_DTYPES = {"same": torch.bfloat16, "half": torch.float16, "full": torch.float32}
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES.values(), ids=SCALE_DTYPES)
+def test_every_number_that_fp8_can_be_made_of(scale_dtype: torch.dtype) -> None:
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    # The largest makes the scale 1, so that numbers, and ties among them, are rounded as they are.
+    weight = numbers[numbers.abs() <= 448].view(1, -1)
+    weight = weight[:, weight.shape[1] % 32 :]
+    rounded = channels.round_channel_fp8(weight, scale_dtype)
+    assert rounded.scales.item() == 1
+    assert torch.equal(rounded.codes.view(torch.uint8), weight.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES.values(), ids=SCALE_DTYPES)
+def test_ties_go_to_even(scale_dtype: torch.dtype) -> None:
+    weight = (torch.arange(-254, 255).repeat(32) / 2).bfloat16().view(1, -1)
+    assert torch.equal(channels.round_channel_int8(weight, scale_dtype).codes, weight.float().round().to(torch.int8))
+    halves = (torch.arange(0, 31).repeat(32) / 2).bfloat16().view(1, -1)
+    codes = groups.round_groups(halves, Scheme("int", 4, False), scale_dtype).codes
+    assert torch.equal(codes, halves.float().round().to(torch.uint8))
+
+
+@pytest.mark.parametrize(("scheme", "largest"), list(zip(COMMON, (127, 448, 15), strict=True)), ids=str)
+def test_what_lies_on_the_grid_misses_nothing(scheme: Scheme, largest: int) -> None:
+    codes = torch.randint(0, 9, (4, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
+    # Each group's range, so that the scale is 2^-6.
+    codes[:, ::32], codes[:, 1::32] = 0, largest
+    assert round_rows(codes / 64, scheme, Search()).squared_error == 0
+
+
+@pytest.mark.parametrize("scheme", COMMON, ids=str)
+@pytest.mark.parametrize("exponent", [-130, -126, -100, -70, -41, -40, 0, 40, 41, 70, 120])
+def test_rows_of_any_size(scheme: Scheme, exponent: int) -> None:
+    weight = weights(6, 96, torch.float32).mul(2.0**exponent).bfloat16()
+    weight[1] = weights(1, 96, torch.bfloat16)[0]
+    same(round_rows(weight, scheme, Search()), round_rows(weight, scheme, Search(), compiled=False))
+
+
+@pytest.mark.parametrize("scheme", COMMON, ids=str)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 31, 95])
+def test_a_weight_that_is_no_number_is_seen(scheme: Scheme, odd: float, place: int) -> None:
+    weight = weights(6, 96, torch.bfloat16)
+    weight[4, place] = odd
+    assert round_rows(weight, scheme, Search()).nonfinite
 
 
 SCHEMES = [

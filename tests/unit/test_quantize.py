@@ -114,6 +114,25 @@ def test_infinite_weights_that_may_be_carried_over_are_told_of(tmp_path: Path) -
     assert not (tmp_path / "strict").exists()
 
 
+def test_scales_that_fp16_cannot_hold_are_told_of(tmp_path: Path) -> None:
+    tensors = {name: tensor.to(torch.float16) for name, tensor in random_model().items()}
+    # In 3 rows, one group of 32 has weights of 1e-4 at most: a fifteenth of that is below what fp16 holds.
+    tensors[f"{UP}.weight"][:3, :32].clamp_(-1e-4, 1e-4)
+    model = write_source(tmp_path / "model", tensors)
+    config = QuantConfig(Int4Asymmetric(32))
+    report = fewbits.quantize(model, tmp_path / "out", config)
+    groups = tensors[f"{UP}.weight"].numel() // 32
+    assert [str(note) for note in report.notes] == [
+        f"{UP}: 3 of {groups} scales held at 6.1e-05 (fp16) "
+        "(its weights are too small for scales of the checkpoint's dtype)"
+    ]
+    manifest = json.loads((tmp_path / "out" / "fewbits.json").read_text())
+    assert [note["layer"] for note in manifest["notes"]] == [UP]
+    with pytest.raises(PlanError, match="strict: "):
+        fewbits.quantize(model, tmp_path / "strict", config, strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
 def test_a_run_cannot_go_on_with_another_config(tmp_path: Path) -> None:
     tensors = random_model()
     tensors[f"{UP}.weight"][0, 0] = torch.nan

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from fewbits.checkpoints.buffers import Content
 
 UNFINISHED_SUFFIX = ".unfinished"
+# Bytes that take longer to hash than another thread to wake; and how many writes of a file are under way at most.
+WORTH_A_THREAD = 2**18
+MOST_WRITES = 4
 # What the kernel says where space cannot be set aside; the file is then simply written.
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
@@ -72,7 +76,8 @@ def sync_folder(folder: Path) -> None:
 class ShardWriter:
     """Writes one shard. Different tensors may be written in any order, each from its first byte to its last.
 
-    Bytes are hashed as they come. Each tensor may have a thread of its own; the interpreter is released meanwhile.
+    Bytes are hashed as they come, while another thread writes them. Each tensor may have a thread of its own; the
+    interpreter is released meanwhile.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
@@ -82,6 +87,7 @@ class ShardWriter:
         self._sizes = {tensor.name: tensor.nbytes for tensor in shard.tensors}
         self._written = dict.fromkeys(self._sizes, 0)
         self._digests = {name: hashlib.sha256() for name in self._sizes}
+        self._writes = ThreadPoolExecutor(MOST_WRITES, thread_name_prefix="fewbits-write")
         self._descriptor = -1
         self._direct: DirectFile | None = None
         try:
@@ -117,12 +123,18 @@ class ShardWriter:
             raise ValueError(f"{name}: byte {written} of {size} is next, got byte {byte_offset}")
         if written + len(view) > size:
             raise ValueError(f"{name}: {size - written} bytes of {size} are left to write, got {len(view)}")
+        assert self._direct is not None
+        position = self.shard.offsets[name] + byte_offset
         try:
-            assert self._direct is not None
-            self._direct.write_at(view, self.shard.offsets[name] + byte_offset)
+            if len(view) < WORTH_A_THREAD:
+                self._digests[name].update(view)
+                self._direct.write_at(view, position)
+            else:
+                writing = self._writes.submit(self._direct.write_at, view, position)
+                self._digests[name].update(view)
+                writing.result()
         except OSError as error:
             raise output_error(self._final, error, self.shard.nbytes) from error
-        self._digests[name].update(view)
         self._written[name] = written + len(view)
 
     def close(self) -> dict[str, str]:
@@ -151,6 +163,7 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
     def _close_file(self) -> None:
+        self._writes.shutdown()
         if self._direct is not None:
             self._direct.close()
         os.close(self._descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -51,6 +52,10 @@ def run() -> None:
     # A path or a figure broken in two cannot be copied; only a terminal's own width is a reason to wrap.
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "120")
+    # What is imported stays, a hundred thousand objects; to look for garbage among them takes a fifth of the start.
+    gc.set_threshold(100_000)
+    # NumPy's matrix products are not used, and their threads would spin while the first weights are read.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         app()
     except FewbitsError as error:

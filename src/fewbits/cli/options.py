@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -43,15 +46,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but erro
 
 
 def quant_config(
-    method: str | None,
-    recipe: Path | None,
-    *,
-    bits: int | None = None,
-    group_size: str | None = None,
-    asymmetric: bool = False,
-    alpha: str | None = None,
-    solver: str | None = None,
-    weight_only: bool = False,
+    method: Method = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    asymmetric: Asymmetric = False,
+    alpha: Alpha = None,
+    solver: Solver = None,
+    weight_only: WeightOnly = False,
+    recipe: Recipe = None,
 ) -> QuantConfig:
     """The configuration that the options add up to; a recipe and method options exclude each other."""
     options: dict[str, Any] = {}
@@ -106,3 +108,22 @@ def _number_or_word(option: str, text: str, word: str, number: type[int] | type[
     except ValueError:
         kind = "whole number" if number is int else "number"
         raise ConfigError(f"{option}: expected a {kind} or '{word}', got {text!r}.") from None
+
+
+def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `config` is made of the options of `quant_config`, which stand in its place."""
+    options = signature(quant_config).parameters
+    hints = get_type_hints(quant_config, include_extras=True) | get_type_hints(command, include_extras=True)
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        parameters += options.values() if parameter.name == "config" else [parameter]
+    parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        chosen = quant_config(**{name: given.pop(name) for name in options})
+        command(config=chosen, **given)
+
+    run.__dict__["__signature__"] = Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

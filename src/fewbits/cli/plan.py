@@ -7,21 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbits.cli.options import (
-    Alpha,
-    Asymmetric,
-    Bits,
-    Format,
-    GroupSize,
-    Json,
-    Method,
-    Model,
-    Recipe,
-    Solver,
-    WeightOnly,
-    quant_config,
-)
+from fewbits.cli.options import Format, Json, Model, with_method_options
 from fewbits.cli.units import bytes_text
+from fewbits.config import QuantConfig
 from fewbits.formats import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
@@ -30,16 +18,10 @@ if TYPE_CHECKING:
     from fewbits.plan import Plan, PlannedLayer
 
 
+@with_method_options
 def plan(
     model: Model,
-    method: Method = None,
-    bits: Bits = None,
-    group_size: GroupSize = None,
-    asymmetric: Asymmetric = False,
-    alpha: Alpha = None,
-    solver: Solver = None,
-    weight_only: WeightOnly = False,
-    config: Recipe = None,
+    config: QuantConfig,
     format: Format = DEFAULT_FORMAT,
     all_layers: Annotated[bool, typer.Option("--all", help="A row for each layer, not for each kind.")] = False,
     as_json: Json = False,
@@ -49,17 +31,7 @@ def plan(
 
     from fewbits.plan import plan as make_plan
 
-    chosen = quant_config(
-        method,
-        config,
-        bits=bits,
-        group_size=group_size,
-        asymmetric=asymmetric,
-        alpha=alpha,
-        solver=solver,
-        weight_only=weight_only,
-    )
-    planned = make_plan(model, chosen, format=format)
+    planned = make_plan(model, config, format=format)
     if as_json:
         print(json.dumps(plan_dict(planned)))
         return

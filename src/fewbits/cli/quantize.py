@@ -10,23 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbits.cli.options import (
-    Alpha,
-    Asymmetric,
-    Bits,
-    Format,
-    GroupSize,
-    Json,
-    Method,
-    Model,
-    Quiet,
-    Recipe,
-    Solver,
-    WeightOnly,
-    quant_config,
-)
+from fewbits.cli.options import Format, Json, Model, Quiet, with_method_options
 from fewbits.cli.units import bytes_number, bytes_text, seconds_text
 from fewbits.cli.watch import watcher
+from fewbits.config import QuantConfig
 from fewbits.errors import Interrupted
 from fewbits.formats import DEFAULT_FORMAT
 
@@ -44,17 +31,11 @@ class Importance(StrEnum):
     none = "none"
 
 
+@with_method_options
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    method: Method = None,
-    bits: Bits = None,
-    group_size: GroupSize = None,
-    asymmetric: Asymmetric = False,
-    alpha: Alpha = None,
-    solver: Solver = None,
-    weight_only: WeightOnly = False,
-    config: Recipe = None,
+    config: QuantConfig,
     format: Format = DEFAULT_FORMAT,
     calibration: Annotated[
         str | None,
@@ -90,21 +71,11 @@ def quantize(
     """Quantize a checkpoint. Interrupted, the same command goes on where it stopped."""
     from fewbits.quantize import quantize as run
 
-    chosen = quant_config(
-        method,
-        config,
-        bits=bits,
-        group_size=group_size,
-        asymmetric=asymmetric,
-        alpha=alpha,
-        solver=solver,
-        weight_only=weight_only,
-    )
     try:
         report = run(
             model,
             out,
-            chosen,
+            config,
             calibration,
             format=format,
             samples=samples,

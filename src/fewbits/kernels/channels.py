@@ -1,7 +1,7 @@
 """Compiled rounding with one scale per output channel: int8 and float8 e4m3fn.
 
-Two passes over a row that stays in the cache: the largest magnitude, then codes, error and norm at once.
-docs/performance.md says what bounds them.
+Two passes over a row that stays in the cache: the largest magnitude, then codes and error. Rows of bf16 go through
+vectors (kernels.weight_lanes) where the processor has them. docs/performance.md says what bounds them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ from fewbits.kernels.compiling import (
     widen,
 )
 from fewbits.kernels.threads import over_rows
+from fewbits.kernels.weight_lanes import (
+    STEP,
+    fits,
+    is_ordinary,
+    magnitude,
+    no_pair,
+    round_to_fp8,
+    round_to_int,
+    scan,
+    total_of_pair,
+)
 from fewbits.layout import stored_dtype
 
 if TYPE_CHECKING:
@@ -110,6 +121,43 @@ def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped:
         norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
 
 
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _in_lanes(
+    weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any, to_fp8: Any
+) -> None:
+    """`_fp8` or `_int8`, which take the rows that vectors cannot."""
+    columns = weight.shape[1]
+    for r in range(weight.shape[0]):
+        source, target = weight[r].ctypes.data, codes[r].ctypes.data
+        high, low, squares = scan(source, columns, no_pair())
+        largest = max(high, low)
+        if not is_ordinary(largest):
+            run = slice(r, r + 1)
+            if to_fp8:
+                _fp8(weight[run], codes[run], scales[run], errors[run], norms[run], dropped, smallest, top)
+            else:
+                _int8(weight[run], codes[run], scales[run], errors[run], norms[run], dropped, smallest, top)
+            continue
+        limit = np.float32(448.0) if to_fp8 else np.float32(127.0)
+        scale = stored_scale(magnitude(largest) / limit, dropped, smallest, top)
+        inverse, missed = np.float32(1.0) / scale, no_pair()
+        if to_fp8:
+            for k in range(0, columns, STEP):
+                missed = round_to_fp8(missed, source + 2 * k, target + k, inverse, scale)
+        else:
+            for k in range(0, columns, STEP):
+                missed = round_to_int(missed, source + 2 * k, target + k, inverse, scale, None, None)
+        scales[r], errors[r], norms[r] = scale, total_of_pair(missed), total_of_pair(squares)
+
+
+def _round_rows(kernel: Any, weight: Array, dtype: str, codes: Array, results: tuple[Array, Array, Array]) -> None:
+    """Round with one thread, the fastest way there is; scales, errors and norms go into `results`."""
+    if fits(weight, dtype, weight.shape[1]):
+        _in_lanes(weight, codes, *results, *ROUNDING[dtype], kernel is _fp8)
+    else:
+        kernel(weight, codes, *results, *ROUNDING[dtype])
+
+
 def round_rows_int8(weight: Array, dtype: str, codes: Array) -> tuple[Array, float, float]:
     """Round rows (as the kernels take them) to int8 with one thread; codes go into `codes` (int8 [R, K]).
 
@@ -127,7 +175,7 @@ def round_rows_fp8(weight: Array, dtype: str, codes: Array) -> tuple[Array, floa
 def _one_thread(kernel: Any, weight: Array, dtype: str, codes: Array) -> tuple[Array, float, float]:
     rows = weight.shape[0]
     scales, errors, norms = np.ones(rows, np.float32), np.zeros(rows), np.zeros(rows)
-    kernel(weight, codes, scales, errors, norms, *ROUNDING[dtype])
+    _round_rows(kernel, weight, dtype, codes, (scales, errors, norms))
     return scales[:, None], total(errors), total(norms)
 
 
@@ -155,11 +203,11 @@ def _round(kernel: Any, weight: torch.Tensor, scale_dtype: torch.dtype, codes: t
     rows, columns = weight.shape
     source, target = kernel_input(weight), as_numpy(codes)
     scales, errors, norms = np.ones(rows, np.float32), np.zeros(rows), np.zeros(rows)
-    rounding = ROUNDING[stored_dtype(scale_dtype)]
+    dtype = stored_dtype(scale_dtype)
 
     def work(start: int, stop: int) -> None:
         run = slice(start, stop)
-        kernel(source[run], target[run], scales[run], errors[run], norms[run], *rounding)
+        _round_rows(kernel, source[run], dtype, target[run], (scales[run], errors[run], norms[run]))
 
     over_rows(rows, columns, work)
     squared_norm = total(norms)

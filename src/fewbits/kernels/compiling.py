@@ -92,16 +92,16 @@ ROUNDING = {
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def stored_scale(scale: Any, dropped: Any, smallest: Any, largest: Any) -> Any:
-    """`numerics.stored_scale` of one positive fp32 scale: clamped, rounded half to even, 1 for 0."""
-    if scale == np.float32(0.0):
-        return np.float32(1.0)
-    clamped = min(max(scale, smallest), largest)
-    if dropped == 0:
-        return clamped
+    """`numerics.stored_scale` of a positive fp32 scale, without a branch: clamped, rounded half to even, 1 for 0."""
+    shift = np.uint32(dropped)
+    clamped = smallest if scale < smallest else scale
+    clamped = largest if clamped > largest else clamped
     bits = as_bits(clamped)
-    half = np.uint32((1 << (dropped - 1)) - 1)
-    odd = (bits >> np.uint32(dropped)) & np.uint32(1)
-    return as_float(((bits + half + odd) >> np.uint32(dropped)) << np.uint32(dropped))
+    odd = np.uint32(np.uint32(bits >> shift) & np.uint32(1))
+    half = np.uint32(np.uint32(np.uint32(1) << shift) >> np.uint32(1))
+    rounded = np.uint32(bits + np.uint32(half - np.uint32(1)) + odd) if shift > 0 else bits
+    stored = as_float(np.uint32(np.uint32(rounded >> shift) << shift))
+    return np.float32(1.0) if scale == np.float32(0.0) else stored
 
 
 @numba.njit(fastmath=False, error_model="numpy")  # type: ignore[untyped-decorator]

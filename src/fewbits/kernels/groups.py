@@ -1,7 +1,8 @@
 """Compiled rounding to ints with a scale (and zero point) per group of inputs, packed on the way out.
 
-A row is widened to fp32 once; range, codes, error and packing of its groups are done while it is in first-level cache.
-A searched grid comes from kernels.search first.
+Range, codes, error and packing of a row's groups are done while it is in first-level cache: in vectors (kernels.
+group_lanes) where the processor has them and the row allows, or else widened to fp32 once. A searched grid comes from
+kernels.search first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import njit
 
+from fewbits.kernels import group_lanes as lanes
 from fewbits.kernels import search as grids
 from fewbits.kernels.compiling import (
     ROUNDING,
@@ -26,6 +28,7 @@ from fewbits.kernels.compiling import (
     widen,
 )
 from fewbits.kernels.threads import over_rows
+from fewbits.kernels.weight_lanes import fits, is_ordinary
 from fewbits.layout import stored_dtype
 from fewbits.schemes import Scheme
 from fewbits.search import MINMAX, Search
@@ -96,35 +99,59 @@ def _pack(codes: Any, packed: Any, bits: Any) -> None:
                 stream >>= np.uint64(8)
 
 
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _row(
+    weight: Any, size: Any, top_code: Any, row: Any, codes: Any, scales: Any, zeros: Any, grids_given: Any,
+    dropped: Any, smallest: Any, largest: Any,
+) -> Any:  # fmt: skip
+    """Codes of one row, a byte each; returns Σ (x − x̂)² and Σ x², NaN if some x is not finite."""
+    most = np.uint32(0)
+    for k in range(row.size):
+        row[k] = widen(weight[k])
+        most = max(most, magnitude_bits(weight[k]))
+    error, norm = np.float64(0.0), np.float64(0.0)
+    if most >= INFINITY_BITS:
+        return error, np.float64(np.nan)
+    for g in range(row.size // size):
+        group = row[g * size : (g + 1) * size]
+        if not grids_given:
+            low, high = _range(group)
+            scale = stored_scale((high - low) / top_code, dropped, smallest, largest)
+            zero = np.rint(-low * (ONE / scale))
+            zeros[g] = np.uint8(np.int32(min(max(zero, ZERO), top_code)))
+            scales[g] = scale
+        zero = np.float32(zeros[g])
+        missed, squares = _write_codes(group, codes[g * size : (g + 1) * size], scales[g], zero, top_code)
+        error += missed
+        norm += squares
+    return error, norm
+
+
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _rows(
-    weight: Any, size: Any, bits: Any, codes: Any, words: Any, scales: Any, zeros: Any, grids_given: Any,
+    weight: Any, size: Any, bits: Any, codes: Any, words: Any, scales: Any, zeros: Any, grids_given: Any, fits: Any,
     errors: Any, norms: Any, dropped: Any, smallest: Any, largest: Any,
 ) -> None:  # fmt: skip
+    """Codes and packed codes of rows, where asked for; `fits` if the vectors of kernels.group_lanes serve."""
     columns = weight.shape[1]
     top_code = np.float32(2**bits - 1)
+    row, own = np.empty(columns, np.float32), np.zeros((columns + 7) // 8 * 8, np.uint8)
+    lows, highs = np.empty(columns // size, np.float32), np.empty(columns // size, np.float32)
     for r in range(weight.shape[0]):
-        row = np.empty(columns, np.float32)
-        most = np.uint32(0)
-        for k in range(columns):
-            row[k] = widen(weight[r, k])
-            most = max(most, magnitude_bits(weight[r, k]))
-        if most >= INFINITY_BITS:
-            norms[r] = np.nan
-            continue
-        own = np.zeros((columns + 7) // 8 * 8, np.uint8)
-        for g in range(columns // size):
-            group = row[g * size : (g + 1) * size]
+        source, in_lanes = weight[r].ctypes.data, False
+        if fits:
+            most, norms[r] = lanes.ranges(source, size, lows, highs)
+            in_lanes = is_ordinary(most)
+        if in_lanes:
             if not grids_given:
-                low, high = _range(group)
-                scale = stored_scale((high - low) / top_code, dropped, smallest, largest)
-                zero = np.rint(-low * (ONE / scale))
-                zeros[r, g] = np.uint8(np.int32(min(max(zero, ZERO), top_code)))
-                scales[r, g] = scale
-            zero = np.float32(zeros[r, g])
-            error, norm = _write_codes(group, own[g * size : (g + 1) * size], scales[r, g], zero, top_code)
-            errors[r] += error
-            norms[r] += norm
+                lanes.grids(lows, highs, top_code, scales[r], zeros[r], dropped, smallest, largest)
+            errors[r] = lanes.write_codes(source, size, own.ctypes.data, top_code, scales[r], zeros[r])
+        else:
+            errors[r], norms[r] = _row(
+                weight[r], size, top_code, row, own, scales[r], zeros[r], grids_given, dropped, smallest, largest
+            )
+            if norms[r] != norms[r]:
+                continue
         if codes.size > 0:
             codes[r] = own[:columns]
         if words.size > 0:
@@ -176,7 +203,7 @@ class _Job:
             grids.best_grid_of_rows(weight, self._dtype, self._scheme, self._search, scales, zeros, self._importance)
         _rows(
             weight, self._size, self._scheme.bits, self._codes[run], self._words[run], scales, zeros, self._searched,
-            self.errors[run], self.norms[run], *ROUNDING[self._dtype],
+            fits(weight, self._dtype, self._size), self.errors[run], self.norms[run], *ROUNDING[self._dtype],
         )  # fmt: skip
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fewbits.kernels import decode_rows as decoding
-from fewbits.kernels.memory import FLOAT8
+from fewbits.kernels.row_decoder import RowDecoder
 from fewbits.kernels.scratch import scratch
 from fewbits.kernels.spec import LinearWeight
-from fewbits.kernels.team import Program, Work, team_size
-from fewbits.kernels.tokens_run import STORED, fp8_tokens
+from fewbits.kernels.tokens_run import fp8_tokens
 
 # Bytes of a decoded panel.
 PANEL_BYTES = 8 * 2**20
@@ -23,26 +21,8 @@ class PanelsRun:
         scheme = weight.scheme
         self._out, self._in = weight.shape
         self._rounds_tokens = scheme.activations is not None
-        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
-        zeros = None if weight.zero_points is None else weight.zero_points.contiguous()
         self._bias = bias
-        self._kept = (codes, scales, zeros)
-        midpoint = scheme.midpoint if scheme.bits < 8 else 0
-        self._decode = Work(
-            decoding.decode_rows(),
-            {
-                decoding.CODES_AT: codes.data_ptr(),
-                decoding.CODE_KIND: FLOAT8 if scheme.kind == "float" else 0,
-                decoding.BITS: scheme.bits,
-                decoding.ROW_BYTES: codes.stride(0) * codes.element_size(),
-                decoding.COLUMNS: self._in,
-                decoding.GROUPS: scheme.groups(self._in),
-                decoding.SCALES_AT: scales.data_ptr(),
-                decoding.SCALE_KIND: STORED[scales.dtype],
-                decoding.ZEROS_AT: 0 if zeros is None else zeros.data_ptr(),
-                decoding.MIDPOINT: midpoint,
-            },
-        )
+        self._decoder = RowDecoder(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((x.shape[0], self._out), dtype=x.dtype)
@@ -57,10 +37,7 @@ class PanelsRun:
         for start in range(0, self._out, step):
             count = min(step, self._out - start)
             panel = scratch(count, self._in, dtype)
-            decode = self._decode.step(count, {
-                decoding.FIRST: start, decoding.OUT_AT: panel.data_ptr(), decoding.OUT_KIND: STORED[dtype],
-            })  # fmt: skip
-            Program([decode]).run(team_size(count * self._in))
+            self._decoder.decode(start, panel)
             part = F.linear(values, panel)
             if scales is not None:
                 part = part * scales

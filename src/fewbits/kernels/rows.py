@@ -1,8 +1,13 @@
-"""Rows of a stored weight to the bytes that files hold, in the calling thread, without torch where Numba is."""
+"""Rows of a stored weight to the bytes that files hold, in the calling thread, without torch where Numba is.
+
+Numba takes long to import. It comes with the first weight that is rounded, so that other threads can carry tensors over
+meanwhile.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +19,12 @@ from fewbits.search import Search
 if TYPE_CHECKING:
     import torch
 
-try:
-    from fewbits.kernels import channels, finite, groups
-    from fewbits.kernels.compiling import stored_bits, weights_of
-
-    COMPILED = True
-except ImportError:
-    COMPILED = False
-
 Array = np.ndarray[Any, Any]
-EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+# Bits of floats as integers, without and with a sign, and those of infinity; a NaN's are larger.
+BITS = {
+    "BF16": (np.uint16, np.int16, 0x7F80), "F16": (np.uint16, np.int16, 0x7C00),
+    "F32": (np.uint32, np.int32, 0x7F800000),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,14 @@ def round_tile(
         content: their bytes, uint8, as stored in `dtype` (BF16, F16 or F32). scale_dtype: what scales are stored in.
         out: uint8, where codes go.
     """
-    rows = content.size // (np.dtype(EXPONENTS[dtype][0]).itemsize * columns)
+    rows = content.size // (np.dtype(BITS[dtype][0]).itemsize * columns)
     width = code_bytes(scheme, columns)
     codes = out[: rows * width].reshape(rows, width)
-    if not COMPILED:
+    if not _is_compiled():
         return _portable(content, dtype, columns, scheme, search, scale_dtype, codes)
+    from fewbits.kernels import channels, groups
+    from fewbits.kernels.compiling import stored_bits, weights_of
+
     weight = weights_of(content, dtype, columns)
     zeros = None
     if scheme.kind == "float":
@@ -83,15 +87,26 @@ def round_tile(
     return RoundedRows(codes, stored_bits(scales, scale_dtype), None if scheme.symmetric else zeros, error, norm)
 
 
-def holds_nonfinite(content: Array, dtype: str) -> bool:
-    """Whether raw bytes of the given dtype hold a NaN or an infinity, by the exponent bits alone."""
-    if dtype not in EXPONENTS:
+@cache
+def _is_compiled() -> bool:
+    """Whether Numba can be imported."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
         return False
-    integer, exponent = EXPONENTS[dtype]
-    numbers = content.view(integer)
-    if COMPILED:
-        return bool(finite.largest_exponent(numbers, integer(exponent)) == exponent)
-    return bool(((numbers & integer(exponent)) == exponent).any())
+    return True
+
+
+def holds_nonfinite(content: Array, dtype: str) -> bool:
+    """Whether raw bytes of the given dtype hold a NaN or an infinity.
+
+    In the order of integers with a sign, positive ones come last; without, negative ones do.
+    """
+    if dtype not in BITS or content.size == 0:
+        return False
+    unsigned, signed, infinity = BITS[dtype]
+    sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)
+    return bool(content.view(signed).max() >= infinity or content.view(unsigned).max() >= sign | infinity)
 
 
 def _portable(

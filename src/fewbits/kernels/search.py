@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fewbits.kernels.compiling import ROUNDING, Array, as_bits, as_float
+from fewbits.kernels.compiling import ROUNDING, Array, as_float, stored_scale
 from fewbits.schemes import Scheme
 from fewbits.search import SUMMED, Search
 
@@ -53,21 +53,8 @@ def _fill(tile: Any, words: Any, pairs: Any, first: Any, count: Any, size: Any) 
             odd[lane] = as_float(np.uint32(word & np.uint32(0xFFFF0000)))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _stored(scale: Any, smallest: Any, largest: Any, shift: Any) -> Any:
-    """`numerics.stored_scale` without a branch: clamped, rounded half to even, 1 for 0."""
-    clamped = smallest if scale < smallest else scale
-    clamped = largest if clamped > largest else clamped
-    bits = as_bits(clamped)
-    odd = np.uint32(np.uint32(bits >> shift) & np.uint32(1))
-    half = np.uint32(np.uint32(np.uint32(1) << shift) >> np.uint32(1))
-    rounded = np.uint32(bits + np.uint32(half - np.uint32(1)) + odd) if shift > 0 else bits
-    stored = as_float(np.uint32(np.uint32(rounded >> shift) << shift))
-    return ONE if scale == ZERO_POINT else stored
-
-
 @lane_loop  # type: ignore[untyped-decorator]
-def _ranges(tile: Any, lanes: Any, symmetric: Any, top_code: Any, smallest: Any, largest: Any, shift: Any) -> None:
+def _ranges(tile: Any, lanes: Any, symmetric: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any) -> None:
     """Least and largest weight of each group, zero included, and the scales that just cover them."""
     for lane in range(COUNT):
         lanes[LOWEST + lane] = ZERO_POINT
@@ -89,13 +76,13 @@ def _ranges(tile: Any, lanes: Any, symmetric: Any, top_code: Any, smallest: Any,
         wide = extreme / middle if symmetric else (high - low) / top_code
         lanes[WIDE + lane] = wide
         lanes[NARROW + lane] = extreme / (middle - ONE) if middle > ONE else wide
-        lanes[BACK + lane] = ONE / _stored(wide, smallest, largest, shift)
+        lanes[BACK + lane] = ONE / stored_scale(wide, dropped, smallest, largest)
 
 
 @lane_loop  # type: ignore[untyped-decorator]
-def _asymmetric(lanes: Any, factor: Any, top_code: Any, smallest: Any, largest: Any, shift: Any) -> None:
+def _asymmetric(lanes: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any) -> None:
     for lane in range(COUNT):
-        scale = _stored(lanes[WIDE + lane] * factor, smallest, largest, shift)
+        scale = stored_scale(lanes[WIDE + lane] * factor, dropped, smallest, largest)
         inverse = ONE / scale
         zero = np.rint(-(lanes[LOWEST + lane] * factor) * inverse)
         zero = ZERO_POINT if zero < ZERO_POINT else zero
@@ -109,14 +96,14 @@ def _asymmetric(lanes: Any, factor: Any, top_code: Any, smallest: Any, largest: 
 
 @lane_loop  # type: ignore[untyped-decorator]
 def _symmetric(
-    lanes: Any, extreme_first: Any, factor: Any, top_code: Any, smallest: Any, largest: Any, shift: Any
+    lanes: Any, extreme_first: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any
 ) -> None:
     """The extreme goes to code 0, with whatever sign that asks for; or else the scale is positive and narrower."""
     middle = (top_code + ONE) / np.float32(2.0)
     for lane in range(COUNT):
         wide, narrow = lanes[WIDE + lane], lanes[NARROW + lane]
         low, high = lanes[LOWEST + lane], lanes[HIGHEST + lane]
-        scale = _stored((wide if extreme_first else narrow) * factor, smallest, largest, shift)
+        scale = stored_scale((wide if extreme_first else narrow) * factor, dropped, smallest, largest)
         negative = extreme_first and high > -low
         scale = -scale if negative else scale
         lanes[SCALE + lane] = scale
@@ -170,7 +157,6 @@ def _search(
     words: Any, pairs: Any, size: Any, symmetric: Any, top_code: Any, factors: Any, power: Any, weights: Any,
     scales: Any, zeros: Any, dropped: Any, smallest: Any, largest: Any,
 ) -> None:  # fmt: skip
-    shift = np.uint32(dropped)
     padded = (size + SUMMED - 1) // SUMMED * SUMMED
     for item in range((scales.size + LANES - 1) // LANES):
         first = item * LANES
@@ -187,16 +173,16 @@ def _search(
                 for k in range(size):
                     shares[k * LANES + lane] = weights[start + k]
         lanes = np.zeros(LANE_ROWS * LANES, np.float32)
-        _ranges(tile, lanes, symmetric, top_code, smallest, largest, shift)
+        _ranges(tile, lanes, symmetric, top_code, dropped, smallest, largest)
         for step in range(factors.size):
             if symmetric:
-                _symmetric(lanes, True, factors[step], top_code, smallest, largest, shift)
+                _symmetric(lanes, True, factors[step], top_code, dropped, smallest, largest)
             else:
-                _asymmetric(lanes, factors[step], top_code, smallest, largest, shift)
+                _asymmetric(lanes, factors[step], top_code, dropped, smallest, largest)
             _losses(tile, power, shares, weights.size > 0, lanes)
             _keep_better(lanes, power, step == 0)
             if symmetric and top_code > ONE:
-                _symmetric(lanes, False, factors[step], top_code, smallest, largest, shift)
+                _symmetric(lanes, False, factors[step], top_code, dropped, smallest, largest)
                 _losses(tile, power, shares, weights.size > 0, lanes)
                 _keep_better(lanes, power, False)
         for lane in range(count):

@@ -15,7 +15,7 @@ from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, po
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
 # The fields of a block; a row is a token.
-X_AT, X_KIND, COLUMNS, OUT_AT, OUT_STRIDE, SCALES_AT, GROUPS, SUMS_AT, ORDER, PARTS = range(OWN, OWN + 10)
+X_AT, X_KIND, COLUMNS, OUT_AT, SCALES_AT, TO_FP8, GROUPS, SUMS_AT, ORDER, PARTS = range(OWN, OWN + 10)
 
 SMALLEST = np.finfo(np.float32).tiny
 NOT_FINITE = np.uint32(0x7F800000)
@@ -78,36 +78,23 @@ def _fp8_values(row: Any, scale: Any, values: Any) -> None:
         values[k] = np.uint16(np.uint32(as_bits(value) | sign) >> np.uint32(16))
 
 
-def _int8(address: Any, start: Any, stop: Any) -> None:
+def _rounded(address: Any, start: Any, stop: Any) -> None:
+    """Codes + 128, or values on the grid of float8 in bf16; those of zero beside a scale that is not finite."""
     block = carray(pointer_to(address), (WORDS,), np.int64)
-    columns, stride = block[COLUMNS], block[OUT_STRIDE]
+    columns, to_fp8 = block[COLUMNS], block[TO_FP8] != 0
     row = np.empty(columns, np.float32)
     scales = carray(pointer_to(block[SCALES_AT]), (block[ROWS],), np.float32)
     for token in range(start, stop):
         _widen_row(block, token, row)
-        scale = _scale(row, np.float32(127.0))
+        scale = _scale(row, np.float32(448.0) if to_fp8 else np.float32(127.0))
         scales[token] = scale
-        codes = carray(pointer_to(block[OUT_AT] + token * stride), (stride,), np.uint8)
-        if scale == scale:
-            _int8_codes(row, scale, codes)
+        if scale != scale:
+            row[:], scale = np.float32(0.0), np.float32(1.0)
+        if to_fp8:
+            at = block[OUT_AT] + 2 * token * columns
+            _fp8_values(row, scale, carray(pointer_to(at), (columns,), np.uint16))
         else:
-            codes[:] = 128
-
-
-def _fp8(address: Any, start: Any, stop: Any) -> None:
-    block = carray(pointer_to(address), (WORDS,), np.int64)
-    columns, stride = block[COLUMNS], block[OUT_STRIDE]
-    row = np.empty(columns, np.float32)
-    scales = carray(pointer_to(block[SCALES_AT]), (block[ROWS],), np.float32)
-    for token in range(start, stop):
-        _widen_row(block, token, row)
-        scale = _scale(row, np.float32(448.0))
-        scales[token] = scale
-        values = carray(pointer_to(block[OUT_AT] + token * stride), (columns,), np.uint16)
-        if scale == scale:
-            _fp8_values(row, scale, values)
-        else:
-            values[:] = 0
+            _int8_codes(row, scale, carray(pointer_to(block[OUT_AT] + token * columns), (columns,), np.uint8))
 
 
 @njit(fastmath=SUMS, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -172,10 +159,10 @@ def _arranged(address: Any, start: Any, stop: Any) -> None:
             _reordered(values, fields[ORDER], carray(pointer_to(at), (padded,), np.uint16))
 
 
-_WORK = {"int8": _int8, "fp8": _fp8, "arranged": _arranged}
+_WORK = {"rounded": _rounded, "arranged": _arranged}
 
 
 @cache
 def token_work(name: str) -> Any:
-    """Compiled work: "int8" (codes + 128), "fp8" (bf16 values), or "arranged"."""
+    """Compiled work: "rounded" or "arranged"."""
     return compiled_work(_WORK[name])

@@ -37,9 +37,9 @@ def _rounding(name: str, x: torch.Tensor, out: torch.Tensor, scales: torch.Tenso
     tokens, columns = x.shape
     fields = {
         work.X_AT: x.data_ptr(), work.X_KIND: STORED[x.dtype], work.COLUMNS: columns,
-        work.OUT_AT: out.data_ptr(), work.OUT_STRIDE: columns * out.element_size(), work.SCALES_AT: scales.data_ptr(),
+        work.OUT_AT: out.data_ptr(), work.SCALES_AT: scales.data_ptr(),
     }  # fmt: skip
     return _WORK[name].step(tokens, fields)
 
 
-_WORK = {name: Work(work.token_work(name), {}) for name in ("int8", "fp8")}
+_WORK = {name: Work(work.token_work("rounded"), {work.TO_FP8: name == "fp8"}) for name in ("int8", "fp8")}
