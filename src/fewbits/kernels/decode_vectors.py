@@ -18,9 +18,7 @@ from fewbits.kernels.lanes import (
     F32,
     HAS_BYTE_TABLES,
     I8,
-    I16,
     I32,
-    I64,
     LANES,
     PAIRS_OF_BF16,
     Bf16Lanes,
@@ -29,7 +27,6 @@ from fewbits.kernels.lanes import (
     indices,
     load,
     splat,
-    widened,
 )
 
 # Codes up to so many bits are looked up in one register.
@@ -53,10 +50,10 @@ def _rounded(builder: Any, low: Any, high: Any) -> Any:
     return builder.bitcast(packed, Bf16Lanes.vector)
 
 
-def _scaled(builder: Any, low: Any, high: Any, scale: Any, zero: Any) -> Any:
-    """(code − zero) · scale of 32 codes as fp32."""
+def _scaled(builder: Any, codes: list[Any], scale: Any, zero: Any) -> Any:
+    """(code − zero) · scale of two vectors of codes as fp32."""
     scales, zeros = _spread(builder, scale), _spread(builder, zero)
-    halves = [builder.fmul(builder.fsub(half, zeros), scales) for half in (low, high)]
+    halves = [builder.fmul(builder.fsub(half, zeros), scales) for half in codes]
     return _rounded(builder, *halves)
 
 
@@ -70,7 +67,7 @@ def table_of(typing_context: Any, decoder: Any, scale: Any, zero: Any) -> Any:
             return ir.Constant(Bf16Lanes.vector, None)
         codes = [float(entry % 2 ** int(kind)) for entry in range(CODES)]
         halves = [ir.Constant(ir.VectorType(F32, LANES), codes[at : at + LANES]) for at in (0, LANES)]
-        return _scaled(builder, *halves, arguments[1], arguments[2])
+        return _scaled(builder, halves, arguments[1], arguments[2])
 
     return Bf16Lanes(decoder, types.float32, types.float32), generate
 
@@ -115,7 +112,7 @@ def _fp8(builder: Any, address: Any) -> Any:
 def decode_vector(
     typing_context: Any, decoder: Any, address: Any, table: Any, scale: Any, zero: Any, out_at: Any
 ) -> Any:
-    """32 codes at an address to bf16 at another: (code − zero) · scale, or by the table; float8 times the scale."""
+    """32 codes at an address to bf16 at another: (code − zero) · scale, or by the table; float8 as it is."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0].kind
@@ -124,9 +121,7 @@ def decode_vector(
             found = _fp8(builder, address)
         elif kind == INT8:
             stored = load(builder, address, ir.VectorType(I8, CODES))
-            found = _scaled(
-                builder, *_halves(builder, builder.sitofp(stored, ir.VectorType(F32, CODES))), scale, zero
-            )
+            found = _scaled(builder, _halves(builder, builder.sitofp(stored, ir.VectorType(F32, CODES))), scale, zero)
         elif int(kind) <= TABLE_BITS:
             found = call(
                 builder, "llvm.x86.avx512.permvar.hi.512", Bf16Lanes.vector,
@@ -134,23 +129,8 @@ def decode_vector(
             )  # fmt: skip
         else:
             codes = builder.and_(_fields(builder, address, int(kind)), splat(Bf16Lanes.vector, 2 ** int(kind) - 1))
-            found = _scaled(builder, *_halves(builder, builder.uitofp(codes, ir.VectorType(F32, CODES))), scale, zero)
+            found = _scaled(builder, _halves(builder, builder.uitofp(codes, ir.VectorType(F32, CODES))), scale, zero)
         builder.store(found, builder.inttoptr(out_at, Bf16Lanes.vector.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.none(decoder, types.int64, Bf16Lanes, types.float32, types.float32, types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def scale_vector(typing_context: Any, address: Any, scale: Any) -> Any:
-    """32 bf16 numbers at an address times a scale, in place."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, scale = arguments
-        spread = _spread(builder, scale)
-        halves = _halves(builder, widened(builder, load(builder, address, Bf16Lanes.vector)))
-        found = _rounded(builder, *[builder.fmul(half, spread) for half in halves])
-        builder.store(found, builder.inttoptr(address, Bf16Lanes.vector.as_pointer()), align=2)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.float32), generate

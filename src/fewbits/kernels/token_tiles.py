@@ -85,7 +85,10 @@ def add_tile(typing_context: Any, tile: Any, weights: Any, x: Any, pairs: Any, s
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, vectors = signature.args[0].rows, signature.args[0].vectors
         _, weights, x, pairs, sums = arguments
-        places = [[builder.add(sums, ir.Constant(I64, 4 * LANES * (r * vectors + v))) for v in range(vectors)] for r in range(rows)]
+        places = [
+            [builder.add(sums, ir.Constant(I64, 4 * LANES * (r * vectors + v))) for v in range(vectors)]
+            for r in range(rows)
+        ]
         before = builder.block
         kept = [[load(builder, place, Sums.vector) for place in row] for row in places]
         loop, behind = builder.append_basic_block("pairs"), builder.append_basic_block("behind")
@@ -95,7 +98,9 @@ def add_tile(typing_context: Any, tile: Any, weights: Any, x: Any, pairs: Any, s
         pair.add_incoming(ir.Constant(I64, 0), before)
         totals = [[builder.phi(Sums.vector) for _ in range(vectors)] for _ in range(rows)]
         at = builder.add(x, builder.mul(pair, ir.Constant(I64, 4 * LANES * vectors)))
-        tokens = [load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * v)), PAIRS_OF_BF16) for v in range(vectors)]
+        tokens = [
+            load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * v)), PAIRS_OF_BF16) for v in range(vectors)
+        ]
         at = builder.add(weights, builder.mul(pair, ir.Constant(I64, 4)))
         nobody = ir.Constant(ir.VectorType(I32, LANES), ir.Undefined)
         everywhere = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)

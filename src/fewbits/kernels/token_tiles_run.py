@@ -6,7 +6,6 @@ import torch
 
 from fewbits.kernels import token_pairs as pairs
 from fewbits.kernels import token_tiles as tiles
-from fewbits.kernels import tokens as rounding
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decode_vectors import vector_bytes
 from fewbits.kernels.decoders import FP8, INT8

@@ -26,7 +26,7 @@ def int8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fp8_step(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> Array:
-    """The step that rounds contiguous activations [T, K] to the grid of float8 (bf16 [T, K]) and scales (fp32 [T, 1])."""
+    """The step that rounds contiguous activations [T, K] to values on the grid of float8 (bf16 [T, K]) and scales."""
     return _rounding("fp8", x, values, scales)
 
 
