@@ -74,10 +74,16 @@ class LinearWeight:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Compiled work that a program may hold (kernels.team), and what has to stay alive as long."""
+    """Compiled work that a program may hold (kernels.team).
+
+    kept: what has to stay alive as long, besides the linear, its input and its output.
+    x_at, out_at: the fields of the first and the last block that hold the input's and the output's address.
+    """
 
     blocks: tuple[Any, ...]
     kept: tuple[Any, ...]
+    x_at: int
+    out_at: int
 
 
 @runtime_checkable

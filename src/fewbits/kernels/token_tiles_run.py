@@ -6,6 +6,7 @@ import torch
 
 from fewbits.kernels import token_pairs as pairs
 from fewbits.kernels import token_tiles as tiles
+from fewbits.kernels import tokens as rounding
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decode_vectors import vector_bytes
 from fewbits.kernels.decoders import FP8, INT8
@@ -65,4 +66,5 @@ class TokenTiles(CompiledLinear):
             tiles.X_SCALES_AT: 0 if scales is None else scales.data_ptr(),
             tiles.OUT_AT: out.data_ptr(), tiles.OUT_KIND: STORED[out.dtype],
         }))  # fmt: skip
-        return Steps(tuple(blocks), (self, x, out, values, scales, arranged))
+        x_at = rounding.X_AT if self._rounds_tokens else pairs.X_AT
+        return Steps(tuple(blocks), (values, scales, arranged), x_at, tiles.OUT_AT)
