@@ -42,8 +42,8 @@ class Sampling:
 class Generation:
     """One generation under way and, in the end, what it took.
 
-    short_way: why tokens did not take it, or None. decode_s: seconds for all tokens but the first, which the prompt's
-    forward gives.
+    short_way: why tokens did not take it, or None. stopped: by what, "length", "stop" or "interrupted".
+    decode_s: seconds for all tokens but the first, which the prompt's forward gives.
     """
 
     prompt_tokens: int
