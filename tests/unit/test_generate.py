@@ -272,6 +272,15 @@ def test_stacked_linears_give_the_same_and_share_their_memory(method: QuantMetho
     assert again is not None and torch.equal(again(x), product(x))
 
 
+def test_weights_are_stacked_once_in_inference_mode_too() -> None:
+    linears = [QuantLinear.from_linear(torch.nn.Linear(64, 8), INT4) for _ in range(2)]
+    with torch.inference_mode():
+        stacked(linears, torch.bfloat16)
+        places = [linear.codes.data_ptr() for linear in linears]
+        stacked(linears, torch.bfloat16)
+    assert [linear.codes.data_ptr() for linear in linears] == places
+
+
 def test_unlike_linears_are_not_stacked() -> None:
     int4, int8 = (QuantLinear.from_linear(torch.nn.Linear(64, 32), m) for m in (Int4Asymmetric(32), Int8Symmetric()))
     biased = QuantLinear.from_linear(torch.nn.Linear(64, 32, bias=False), Int4Asymmetric(32))
