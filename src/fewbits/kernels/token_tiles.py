@@ -21,14 +21,14 @@ from numba.extending import intrinsic, models, register_model
 from fewbits.kernels.decode_vectors import decode_vector, table_of
 from fewbits.kernels.decoders import decoder_of
 from fewbits.kernels.lanes import CODES, I32, I64, LANES, PAIRS_OF_BF16, Sums, call, fetch, load
-from fewbits.kernels.memory import FLOAT32, number_at, pointer_to, write
+from fewbits.kernels.memory import FLOAT32, as_bf16, number_at, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
 # The fields of a block.
 (
     CODES_AT, ROW_BYTES, VECTOR_BYTES, COLUMNS, GROUPS, SCALES_AT, SCALE_KIND, ZEROS_AT, SIGNED_ZEROS, MIDPOINT, X_AT,
-    TOKENS, X_SCALES_AT, BIAS_AT, OUT_AT, OUT_KIND,
-) = range(OWN, OWN + 16)  # fmt: skip
+    TOKENS, X_SCALES_AT, BIAS_AT, OUT_AT,
+) = range(OWN, OWN + 15)  # fmt: skip
 # Rows and inputs that are decoded at a time.
 BLOCK_ROWS, BLOCK_COLUMNS = 48, 512
 # Bytes from one decoded row to the next: a line more than it has, so that rows don't fall on the same lines of a cache.
@@ -162,20 +162,30 @@ def _decode(decoder: Any, fields: Any, row: Any, first: Any, last: Any, out_at: 
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _write(fields: Any, row: Any, count: Any, sums: Any, first_token: Any) -> None:
-    """Sums [rows, tokens] of a tile to their places in the output."""
-    has_scale = fields[SCALES_AT] != 0 and fields[GROUPS] == 1
-    for t in range(min(sums.shape[1], fields[TOKENS] - first_token)):
-        token = first_token + t
+def _round(fields: Any, row: Any, sums: Any, token_scales: Any, rounded: Any) -> None:
+    """The outputs of one row and a tile's tokens as bf16."""
+    scale, bias = np.float32(1.0), np.float32(0.0)
+    if fields[GROUPS] == 1:
+        scale = number_at(fields[SCALES_AT], row, fields[SCALE_KIND])
+    if fields[BIAS_AT] != 0:
+        bias = number_at(fields[BIAS_AT], row, FLOAT32)
+    for t in range(sums.size):
+        rounded[t] = as_bf16(sums[t] * scale * token_scales[t] + bias)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _write(fields: Any, top: Any, count: Any, first_token: Any, sums: Any, token_scales: Any, rounded: Any) -> None:
+    """Sums [rows of a block, tokens of a tile] to their places in the output, a token a row there."""
+    tokens = min(sums.shape[1], fields[TOKENS] - first_token)
+    if fields[X_SCALES_AT] != 0:
+        token_scales[:tokens] = carray(pointer_to(fields[X_SCALES_AT] + 4 * first_token), (tokens,), np.float32)
+    for r in range(count):
+        _round(fields, top + r, sums[r], token_scales, rounded[r])
+    for t in range(tokens):
+        out_at = fields[OUT_AT] + 2 * ((first_token + t) * fields[ROWS] + top)
+        out = carray(pointer_to(out_at), (count,), np.uint16)
         for r in range(count):
-            value = sums[r, t]
-            if has_scale:
-                value *= number_at(fields[SCALES_AT], row + r, fields[SCALE_KIND])
-            if fields[X_SCALES_AT] != 0:
-                value *= number_at(fields[X_SCALES_AT], token, FLOAT32)
-            if fields[BIAS_AT] != 0:
-                value += number_at(fields[BIAS_AT], row + r, FLOAT32)
-            write(fields[OUT_AT], token * fields[ROWS] + row + r, fields[OUT_KIND], value)
+            out[r] = rounded[r, t]
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -183,27 +193,28 @@ def _rows(decoder: Any, tile: Any, address: Any, start: Any, stop: Any) -> None:
     fields = carray(pointer_to(address), (WORDS,), np.int64)
     columns, height = fields[COLUMNS], rows_of(tile)
     lanes = TILE // height * LANES
-    tiles, strips = (fields[TOKENS] + lanes - 1) // lanes, BLOCK_ROWS // height
+    tiles = (fields[TOKENS] + lanes - 1) // lanes
+    # Blocks of inputs of about the same size: what begins and ends a tile's sums is paid once for each.
+    vectors, blocks = columns // CODES, (columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    width = (vectors + blocks - 1) // blocks * CODES
     decoded = np.empty(BLOCK_ROWS * STRIDE // 2, np.uint16)
-    sums = np.empty((tiles, strips, height, lanes), np.float32)
+    sums = np.empty((tiles, BLOCK_ROWS, lanes), np.float32)
+    token_scales, rounded = np.ones(lanes, np.float32), np.empty((BLOCK_ROWS, lanes), np.uint16)
     for top in range(start, stop, BLOCK_ROWS):
         count = min(BLOCK_ROWS, stop - top)
-        used = (count + height - 1) // height
         sums[:] = np.float32(0.0)
-        for first in range(0, columns, BLOCK_COLUMNS):
-            last = min(first + BLOCK_COLUMNS, columns)
+        for first in range(0, columns, width):
+            last = min(first + width, columns)
             for r in range(count):
                 _decode(decoder, fields, top + r, first, last, decoded.ctypes.data + r * STRIDE)
             for t in range(tiles):
                 x = fields[X_AT] + 2 * lanes * (t * columns + first)
-                for s in range(used):
+                for r in range(0, count, height):
                     add_tile(
-                        tile, decoded.ctypes.data + s * height * STRIDE, x, (last - first) // 2,
-                        sums[t, s].ctypes.data,
+                        tile, decoded.ctypes.data + r * STRIDE, x, (last - first) // 2, sums[t, r].ctypes.data
                     )  # fmt: skip
         for t in range(tiles):
-            for s in range(used):
-                _write(fields, top + s * height, min(height, count - s * height), sums[t, s], t * lanes)
+            _write(fields, top, count, t * lanes, sums[t], token_scales, rounded)
 
 
 @cache

@@ -17,7 +17,7 @@ from fewbits.kernels.tokens_run import STORED, fp8_step
 
 
 class TokenTiles(CompiledLinear):
-    """y = x Ŵᵀ + b for bf16 activations."""
+    """y = x Ŵᵀ + b for bf16 activations and outputs."""
 
     def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
         super().__init__(*weight.shape)
@@ -64,7 +64,7 @@ class TokenTiles(CompiledLinear):
         blocks.append(self._works[vectors].step(self._out, {
             tiles.X_AT: arranged.data_ptr(), tiles.TOKENS: tokens,
             tiles.X_SCALES_AT: 0 if scales is None else scales.data_ptr(),
-            tiles.OUT_AT: out.data_ptr(), tiles.OUT_KIND: STORED[out.dtype],
+            tiles.OUT_AT: out.data_ptr(),
         }))  # fmt: skip
         x_at = rounding.X_AT if self._rounds_tokens else pairs.X_AT
         return Steps(tuple(blocks), (values, scales, arranged), x_at, tiles.OUT_AT)
