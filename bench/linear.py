@@ -3,13 +3,17 @@
 Usage: python bench/linear.py [--shapes 4096x4096 …] [--tokens 1 4 …] [--seconds 2] [--kernels]
 
 All ways run in turn within one process, so that none finds its weight in the cache and all meet the same machine; a row
-gives medians. The baseline is the faster of oneDNN and PyTorch's own product. --kernels times every kernel that can
-run, which is how the limits in src/fewbits/kernels were found. Rows are appended to results/linear.jsonl.
+gives medians. The baseline is the faster of oneDNN and PyTorch's own product. At one token, layers are also timed as
+`fewbits generate` runs them: as steps of a program, without a call of a module, which takes up to a tenth of a
+millisecond in caches that other ways have filled. What memory can deliver is then read in turn as well, as it changes
+with what else the machine does. --kernels times every kernel that can run, which is how the limits
+in src/fewbits/kernels were found. Rows are appended to results/linear.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -23,11 +27,14 @@ from numba import njit
 
 from fewbits import Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantLinear
 from fewbits.kernels.choose import KERNELS
+from fewbits.kernels.ops import runs_of
+from fewbits.kernels.team import Program
 from fewbits.kernels.threads import over_rows
 
 RESULTS = Path(__file__).parent / "results" / "linear.jsonl"
 SHAPES = ["4096x4096", "14336x4096", "4096x14336", "576x576", "1536x576"]
 TOKENS = [1, 4, 16, 128, 1024]
+READING = "reading"
 LEFT_OUT = ("reference", "int8 as fp32")
 
 
@@ -40,14 +47,21 @@ def largest(words: np.ndarray) -> int:
     return top
 
 
+WORDS = np.ones((256, 2**17), np.int64)
+
+
+def read() -> None:
+    """Read 256 MB on all threads."""
+    over_rows(*WORDS.shape, lambda first, last: largest(WORDS[first:last].reshape(-1)))
+
+
 def read_bandwidth() -> float:
-    """GB/s of reading 512 MB on all threads, the best of ten."""
-    words = np.ones((512, 2**17), np.int64)
+    """GB/s of reading, the best of ten."""
     best = 0.0
     for _ in range(10):
         start = time.perf_counter()
-        over_rows(*words.shape, lambda first, last: largest(words[first:last].reshape(-1)))
-        best = max(best, words.nbytes / (time.perf_counter() - start) / 1e9)
+        read()
+        best = max(best, WORDS.nbytes / (time.perf_counter() - start) / 1e9)
     return best
 
 
@@ -55,6 +69,16 @@ def without_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """PyTorch's own product."""
     with torch.backends.mkldnn.flags(enabled=False):
         return F.linear(x, weight)
+
+
+def in_a_program(layer: QuantLinear, x: torch.Tensor) -> Callable[[], object]:
+    """The steps, made once, of a copy of the layer: the layer's own weight may still lie in a cache."""
+    layer = copy.deepcopy(layer)
+    layer(x)
+    run, out = runs_of(layer.codes)[1, x.dtype], torch.empty((1, layer.out_features), dtype=x.dtype)
+    steps = run.steps(x, out)
+    program, threads = Program(steps.blocks), torch.get_num_threads()
+    return lambda: (program.run(threads), layer, steps, out)
 
 
 def ways(rows: int, columns: int, tokens: int, every_kernel: bool) -> dict[str, tuple[Callable[[], object], int]]:
@@ -70,6 +94,8 @@ def ways(rows: int, columns: int, tokens: int, every_kernel: bool) -> dict[str, 
     }
     if tokens <= 4:
         found["bf16 PyTorch"] = (lambda: without_onednn(x, weight), 2 * weight.numel())
+    if tokens == 1:
+        found[READING] = (read, WORDS.nbytes)
     methods = {
         "W8A8": Int8Symmetric(),
         "int4": Int4Asymmetric(128 if columns % 128 == 0 else 64),
@@ -81,6 +107,8 @@ def ways(rows: int, columns: int, tokens: int, every_kernel: bool) -> dict[str, 
         size = layer.quantized_weight().size_bytes
         if not every_kernel:
             found[name] = (lambda layer=layer: layer(x), size)
+            if tokens == 1:
+                found[f"{name} in a program"] = (in_a_program(layer, x), size)
             continue
         for kernel in KERNELS:
             able = kernel.why_not(layer.spec(1 if kernel.name != "panels" else tokens)) is None
@@ -106,6 +134,8 @@ def measure(shape: str, tokens: int, seconds: float, bandwidth: float, every_ker
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     baseline = min(median for name, median in medians.items() if name.startswith("bf16"))
+    if READING in found:
+        bandwidth = WORDS.nbytes / medians[READING] / 1e9
     results = []
     for name, (_, size) in found.items():
         quartiles = statistics.quantiles(times[name], n=4)

@@ -22,6 +22,12 @@ KEPT_BYTES = 64 << 20
 MAPPED_BLOCKS = 65536
 
 
+def return_free_memory() -> None:
+    """Give the system what this process has freed but not returned; where that is not glibc's, nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def map_large_blocks() -> bool:
     """From here on this process maps blocks of MAPPED_BYTES and more on their own; False where it cannot be told."""
     if platform.libc_ver()[0] != "glibc":

@@ -57,7 +57,7 @@ class OutputError(FewbitsError):
 
 
 class Interrupted(OutputError):
-    """The user stopped a run; what was finished is kept to go on from."""
+    """The user stopped a run; what was finished is kept."""
 
     exit_status = 130
 

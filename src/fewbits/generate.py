@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fewbits.allocator import return_free_memory
 from fewbits.errors import CheckpointError, QuantizationError
 from fewbits.notes import Note
 from fewbits.skeleton import find_blocks
@@ -42,8 +43,8 @@ class Sampling:
 class Generation:
     """One generation under way and, in the end, what it took.
 
-    short_way: why tokens did not take it, or None. decode_s: seconds for all tokens but the first, which the prompt's
-    forward gives.
+    short_way: why tokens did not take it, or None. stopped: by what, "length", "stop" or "interrupted".
+    decode_s: seconds for all tokens but the first, which the prompt's forward gives.
     """
 
     prompt_tokens: int
@@ -162,7 +163,12 @@ class Generator:
     def _token_step(self, capacity: int) -> TokenStep:
         """The short way with room for so many positions: the last stream's, if that is over. Each prompt proves it."""
         spare, self._spare = self._spare, None
-        return TokenStep(self.model, capacity) if spare is None or spare.capacity < capacity else spare
+        if spare is not None and spare.capacity >= capacity:
+            return spare
+        step = TokenStep(self.model, capacity)
+        # Stacking leaves holes where each layer's weights were.
+        return_free_memory()
+        return step
 
     def _forward(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         logits: torch.Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]

@@ -59,6 +59,8 @@ class QuantLinear(nn.Module):
         for buffer, tensor in tensors.items():
             self.register_buffer(buffer, None if tensor is None else tensor.detach().to(device))
         self._prepared: Runs | None = None
+        # A module looks for its buffers in slow ways.
+        self._device, self._reorders = self.codes.device, self.input_order is not None
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -133,9 +135,10 @@ class QuantLinear(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != self.in_features or x.device != self.codes.device:
+        if x.shape[-1] != self.in_features or x.device != self._device:
             raise self._misfit(x)
-        if self.input_order is not None:
+        if self._reorders:
+            assert self.input_order is not None
             x = x.index_select(-1, self.input_order)
         if (
             torch.compiler.is_compiling()
@@ -143,10 +146,12 @@ class QuantLinear(nn.Module):
             or (x.requires_grad and torch.is_grad_enabled())
         ):
             return self._operator(x)
-        rows = x.reshape(-1, self.in_features)
-        key = (min(rows.shape[0], MANY_TOKENS), x.dtype)
-        run = self._runs.get(key) or prepare(self._runs, key, self._stored(), self.bias)
-        return run(rows).view(*x.shape[:-1], self.out_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        key = (min(len(rows), MANY_TOKENS), x.dtype)
+        runs = self._prepared or self._runs
+        run = runs.get(key) or prepare(runs, key, self._stored(), self.bias)
+        y = run(rows)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _operator(self, x: torch.Tensor) -> torch.Tensor:
         """The same as an operator that compiled graphs hold and gradients flow through."""
@@ -183,7 +188,7 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
-        self._prepared = None
+        self._prepared, self._device = None, self.codes.device
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -54,8 +54,10 @@ def _one_piece(linears: Sequence[Any], name: str) -> torch.Tensor | None:
     if base is not None and all(part._base is base for part in parts):
         found: torch.Tensor = base
         return found
-    whole = torch.cat(parts)
-    for linear, part in zip(linears, torch.split(whole, [len(part) for part in parts]), strict=True):
-        setattr(linear, name, part)
-        linear.forget_prepared()
+    # In inference mode, views don't know what they are views of, and every call would copy the weights anew.
+    with torch.inference_mode(False):
+        whole = torch.cat(parts)
+        for linear, part in zip(linears, torch.split(whole, [len(part) for part in parts]), strict=True):
+            setattr(linear, name, part)
+            linear.forget_prepared()
     return whole

@@ -238,7 +238,7 @@ class TokenStep:
         if not isinstance(run, Compiled):
             return [lambda: out.copy_(run(x))]
         steps = run.steps(x, out)
-        self._kept.append(steps)
+        self._kept.append((run, x, out, steps))
         return list(steps.blocks)
 
 

@@ -13,6 +13,7 @@ from inline_snapshot import snapshot
 import fewbits
 from commands import Cli
 from fewbits import Int4Asymmetric, Int8Symmetric, QuantConfig
+from fewbits.generate import TextStream
 from tiny_llms import write_model
 
 
@@ -43,6 +44,23 @@ def test_json_holds_text_tokens_and_speed(cli: Cli, folder: Path) -> None:
     assert found["prompt_tokens"] == 2
     assert 0 < len(found["tokens"]) <= 3 or found["stopped"] == "stop"
     assert found["notes"] == [] and found["prompt_tokens_per_s"] > 0
+
+
+def test_interrupted_json_holds_what_was_written(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push = TextStream.push
+    calls = iter(range(100))
+
+    def interrupted(stream: TextStream, token: int) -> str:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", interrupted)
+    outcome = cli("generate", folder, "w3 w9", "-n", 30, "--json")
+    found = json.loads(outcome.out)
+    assert (outcome.status, found["stopped"], len(found["tokens"])) == (130, "interrupted", 3)
+    assert len(found["text"].split()) == 2
+    assert outcome.err == "Interrupted: 3 of at most 30 tokens were written.\n"
 
 
 def test_the_same_seed_writes_the_same(cli: Cli, folder: Path) -> None:

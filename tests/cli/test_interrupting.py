@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fewbits
+from tiny_llms import write_model
 from tiny_models import write_source
 
 BLOCKS = 300
@@ -33,10 +38,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
-    arguments = [*COMMAND, "quantize", str(source), str(out), "-m", "int4", "-g", "32", "--quiet"]
+    return heeding_interrupts("quantize", str(source), str(out), "-m", "int4", "-g", "32", "--quiet")
+
+
+def heeding_interrupts(*arguments: str, **pipes: int) -> subprocess.Popen[str]:
     # What a shell starts in the background ignores interrupts, and so would what it starts.
     heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
+    return subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=heeding, **pipes)
 
 
 def wait_for_shards(out: Path, count: int) -> None:
@@ -77,6 +85,34 @@ def test_interrupted_or_killed_a_run_goes_on_to_the_same_bytes(source: Path, tmp
     assert start(source, broken).wait() == 0
     assert digests(broken) == digests(straight)
     assert not broken.with_name("broken.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in int4 that writes as long as one lets it."""
+    path = tmp_path_factory.mktemp("endless")
+    source = write_model(path / "model", "llama", torch.bfloat16)
+    fewbits.quantize(source, path / "out", fewbits.QuantConfig(fewbits.Int4Asymmetric(32)))
+    for name in ("config.json", "generation_config.json"):
+        file = path / "out" / name
+        changed = json.loads(file.read_text()) | {"eos_token_id": None}
+        if name == "config.json":
+            changed["max_position_embeddings"] = 10**6
+        file.write_text(json.dumps(changed))
+    return path / "out"
+
+
+def test_interrupted_writing_keeps_the_text_so_far(endless: Path) -> None:
+    writing = heeding_interrupts("generate", str(endless), "w3 w9", "-n", "100000", stdout=subprocess.PIPE)
+    assert writing.stdout is not None
+    # Past the pipe's own buffer, which `communicate` would not see.
+    begun = os.read(writing.stdout.fileno(), 20).decode()
+    writing.send_signal(signal.SIGINT)
+    rest, message = writing.communicate(timeout=60)
+    assert writing.returncode == 130, message
+    assert re.fullmatch(r"(w\d+ ?)+\n", begun + rest)
+    assert re.search(r"wrote \d+, [\d.]+ tokens/s\nInterrupted: \d+ of at most 100000 tokens were written.\n$", message)
+    assert "Traceback" not in message
 
 
 def test_a_full_disk_is_a_failure_with_a_way_out(source: Path, tmp_path: Path) -> None:

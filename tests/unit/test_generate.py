@@ -46,6 +46,23 @@ def test_the_short_way_is_taken_and_gives_the_logits_of_the_model(architecture: 
     assert bool((logits.amax(-1) - chosen <= 2.0**-5 * logits.abs().amax(-1)).all())
 
 
+def test_a_linear_that_no_compiled_kernel_multiplies_is_called_in_between(tmp_path: Path) -> None:
+    """One of three that share an input, and one alone, in a model of several schemes."""
+    left = {"model.layers.0.self_attn.k_proj": Int4Asymmetric(4), "model.layers.1.mlp.down_proj": Int4Asymmetric(4)}
+    mixed = {"model.layers.0.mlp.*": Int8Symmetric(), "model.layers.1.self_attn.*": Fp8E4M3()}
+    fewbits.quantize(write_model(tmp_path / "model", "llama", torch.bfloat16), tmp_path / "out",
+                     QuantConfig(INT4, mixed | left))  # fmt: skip
+    model = fewbits.load(tmp_path / "out")
+    assert [model.get_submodule(name).kernels([1]) for name in left] == [{1: "panels"}] * 2
+    generation, tokens = Generator(model).stream(PROMPT, 12, stop=())
+    written = list(tokens)
+    assert generation.short_way is None
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT + written])).logits[0, len(PROMPT) - 1 : -1].float()
+    chosen = logits.gather(1, torch.tensor(written)[:, None])[:, 0]
+    assert bool((logits.amax(-1) - chosen <= 2.0**-4 * logits.abs().amax(-1)).all())
+
+
 @pytest.mark.parametrize("method", [INT4, Int8Symmetric()], ids=str)
 def test_a_model_that_computes_something_else_is_found_out(method: QuantMethod, tmp_path: Path) -> None:
     model = loaded(tmp_path, "llama", method=method)
@@ -253,6 +270,15 @@ def test_stacked_linears_give_the_same_and_share_their_memory(method: QuantMetho
     assert linears[0].codes.untyped_storage().nbytes() == before
     again = stacked(linears, torch.bfloat16)
     assert again is not None and torch.equal(again(x), product(x))
+
+
+def test_weights_are_stacked_once_in_inference_mode_too() -> None:
+    linears = [QuantLinear.from_linear(torch.nn.Linear(64, 8), INT4) for _ in range(2)]
+    with torch.inference_mode():
+        stacked(linears, torch.bfloat16)
+        places = [linear.codes.data_ptr() for linear in linears]
+        stacked(linears, torch.bfloat16)
+    assert [linear.codes.data_ptr() for linear in linears] == places
 
 
 def test_unlike_linears_are_not_stacked() -> None:

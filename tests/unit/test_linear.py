@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -112,6 +114,17 @@ def test_the_operator_keeps_its_promises(method: QuantMethod) -> None:
     tensors = (quantized.codes, quantized.scales, quantized.zero_points, quantized.bias)
     activations = scheme.activations is not None
     torch.library.opcheck(operator, (torch.randn(3, 96, requires_grad=True), *tensors, *numbers, activations))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 512])
+@pytest.mark.parametrize("method", [Int4Asymmetric(32), Int8Symmetric(), Fp8E4M3()], ids=str)
+def test_what_was_prepared_goes_with_the_layer(method: QuantMethod, tokens: int) -> None:
+    quantized = layer(method)
+    quantized(torch.randn(tokens, 96).bfloat16())
+    codes = weakref.ref(quantized.codes)
+    del quantized
+    gc.collect()
+    assert codes() is None
 
 
 def test_exported_and_compiled_graphs_hold_it() -> None:

@@ -10,6 +10,7 @@ from fewbits.errors import KernelError
 from fewbits.kernels import choose as choosing
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
 from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
+from fewbits.kernels.tiles import Tiles
 from fewbits.schemes import Scheme
 from linear_cases import activations, int8_product, make, rounded_to_fp8
 
@@ -49,8 +50,11 @@ def test_weight_only_and_fp8_products(scheme: Scheme, rows: int) -> None:
                 y = kernel.prepare(case.weight, case.bias)(x)
                 assert y.dtype == dtype
                 bound = 2 * HALF_ULP[dtype] * np.abs(expected) + 2.0**-19 * (np.abs(wide) @ lifted.T) + 2.0**-17 * sizes
+                if kernel.name == "tiles" and scheme.group_size:
+                    # Scaled weights are rounded to bf16.
+                    bound += 2.0**-8 * sizes
                 if kernel.name == "panels" and dtype == torch.bfloat16:
-                    # Panels are rounded to bf16, and products before token scale and bias are added.
+                    # So are those of panels, and products before token scale and bias are added.
                     bound += 2.0**-9 * sizes + 2.0**-7 * (np.abs(expected) + np.abs(case.bias.numpy()))
                 assert (np.abs(y.double().numpy() - expected) <= bound + 1e-6).all(), (kernel.name, tokens, dtype)
 
@@ -75,6 +79,25 @@ def test_w8a8_equals_integer_arithmetic(rows: int, columns: int, dtype: torch.dt
         expected = int8_product(case, x)
         for kernel in able(W8A8, columns, rows, tokens, dtype):
             assert torch.equal(kernel.prepare(case.weight, case.bias)(x), expected), (kernel.name, tokens)
+
+
+@pytest.mark.skipif("bf16_products" not in CPU.features, reason="no bf16 products on this processor")
+@pytest.mark.parametrize("group", [0, 32, 96, 1152])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_tiles_of_every_shape(bits: int, group: int) -> None:
+    """All numbers of tokens a tile has, several tiles, rows that fill no block, inputs that fill none or several."""
+    scheme = Scheme("int", bits, False, group)
+    for rows, columns in ((50, 96), (7, 1152)):
+        if group and columns % group:
+            continue
+        case = make(scheme, rows, columns)
+        for tokens in (1, 16, 17, 40, 64, 130):
+            x = activations(tokens, columns, torch.bfloat16)
+            wide = x.double().numpy()
+            expected = wide @ case.decoded.T + case.bias.numpy()
+            bound = (2.0**-8 + 2.0**-16) * (np.abs(wide) @ np.abs(case.decoded).T) + 2.0**-8 * np.abs(expected) + 1e-6
+            y = Tiles().prepare(case.weight, case.bias)(x).double().numpy()
+            assert (np.abs(y - expected) <= bound).all(), (rows, columns, tokens)
 
 
 def test_w8a8_of_largest_operands_does_not_saturate() -> None:
@@ -112,6 +135,13 @@ def test_the_choice_by_tokens_and_processor() -> None:
     int4 = Scheme("int", 4, False, 128)
     assert choose(spec(int4, 1)).name == "decode in registers"
     assert choose(spec(int4, 1024)).name == "panels"
+    products = frozenset({"numba", "bf16_products"})
+    matrices = Machine(products | {"bf16_matrices"})
+    assert choose(spec(int4, 8, machine=Machine(products))).name == "decode in registers"
+    assert choose(spec(int4, 9, machine=Machine(products))).name == "tiles"
+    assert choose(spec(int4, 1024, machine=Machine(products))).name == "tiles"
+    assert choose(spec(int4, 1024, machine=matrices)).name == "panels"
+    assert choose(spec(int4, 1024, machine=Machine(products), dtype=torch.float16)).name == "panels"
     assert choose(spec(W8A8, 1)).name == "int8 dot products"
     assert choose(spec(W8A8, 1024)).name == "oneDNN int8"
     assert choose(spec(W8A8, 1024, machine=Machine(frozenset({"numba"})))).name == "int8 as fp32"

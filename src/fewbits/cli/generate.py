@@ -12,7 +12,7 @@ import typer
 
 from fewbits.cli.options import Json, Quiet
 from fewbits.cli.watch import watcher
-from fewbits.errors import ConfigError
+from fewbits.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def generate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write text, and say how fast it came."""
+    """Write text, and say how fast it came. Interrupted, what is written stands, and the exit status is 130."""
     from fewbits.decoded import load_tokenizer
     from fewbits.generate import Generator, Sampling, TextStream, prompt_tokens
     from fewbits.load import load
@@ -49,16 +49,22 @@ def generate(
     model = load(directory, device, torch_dtype(dtype), progress=watcher(quiet=quiet or as_json))
     generation, tokens = Generator(model).stream(ids, max_tokens, sampling)
     written = []
-    for part in _text(tokens, TextStream(tokenizer)):
-        written.append(part)
-        if not as_json:
-            print(part, end="", flush=True)
+    try:
+        for part in _text(tokens, TextStream(tokenizer)):
+            written.append(part)
+            if not as_json:
+                print(part, end="", flush=True)
+    except KeyboardInterrupt:
+        # What was written is of use, and so is how fast it came.
+        generation.stopped = "interrupted"
     if as_json:
         print(json.dumps(generation_dict(generation, "".join(written))))
-        return
-    print()
-    if not quiet:
+    else:
+        print()
+    if not (quiet or as_json):
         _say_speed(generation)
+    if generation.stopped == "interrupted":
+        raise Interrupted(f"{len(generation.tokens)} of at most {max_tokens} tokens were written.")
 
 
 def _text(tokens: Iterator[int], stream: Any) -> Iterator[str]:

@@ -11,6 +11,7 @@ from fewbits.kernels.int8_dynamic import FloatInt8, Int8FewTokens, OneDnnInt8
 from fewbits.kernels.panels import Panels
 from fewbits.kernels.reference import Reference
 from fewbits.kernels.spec import Kernel, LinearSpec
+from fewbits.kernels.tiles import Tiles
 from fewbits.kernels.triton_int4 import TritonInt4
 
 KERNELS: tuple[Kernel, ...] = (
@@ -20,6 +21,7 @@ KERNELS: tuple[Kernel, ...] = (
     Int8FewTokens(),
     OneDnnInt8(),
     FewTokens(),
+    Tiles(),
     Panels(),
     FloatInt8(),
     Reference(),

@@ -100,7 +100,7 @@ def decoder_of(typing_context: Any, text: Any) -> Any:
     return Decoder(text.literal_value)(text), generate
 
 
-def _values(kind: str) -> list[int]:
+def byte_values(kind: str) -> list[int]:
     """The bf16 bits of every byte; float8's NaN counts as 480, so that 0 · it is 0."""
     numbers = [float(code - 256 * (code > 127)) for code in range(256)]
     if kind == FP8:
@@ -112,7 +112,7 @@ def _values(kind: str) -> list[int]:
 
 
 def _decode_by_table(builder: Any, address: Any, kind: str) -> list[Any]:
-    lane, values, vectors = ByteLanes.vector, _values(kind), []
+    lane, values, vectors = ByteLanes.vector, byte_values(kind), []
     for offset in (0, 64):
         stored = load(builder, builder.add(address, ir.Constant(I64, offset)), lane)
         negative = builder.icmp_signed("<", stored, splat(lane, 0))

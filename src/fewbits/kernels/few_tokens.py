@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
+from fewbits.kernels.tiles import Tiles
 
-# Above these, decoding a panel and multiplying it as a matrix is faster; measured in bench/linear.py.
-MOST_TOKENS = 16
+# Above these, tiles are faster, or panels where tiles can't run; measured in bench/linear.py.
+MOST_BESIDE_TILES, MOST_BESIDE_PANELS = 8, 16
 # Inputs whose codes are decoded together.
 BLOCK = 128
 
@@ -25,8 +26,10 @@ class FewTokens:
         size = spec.scheme.group_size
         if size % BLOCK and size not in (8, 16, 32, 64):
             return f"groups of {size}: decodes in blocks of {BLOCK}, which must hold 1, 2, 4, 8 or 16 groups or a part"
-        if spec.tokens > MOST_TOKENS:
-            return f"slower than panels above {MOST_TOKENS} tokens"
+        beside_tiles = Tiles().why_not(spec) is None
+        most, faster = (MOST_BESIDE_TILES, "tiles") if beside_tiles else (MOST_BESIDE_PANELS, "panels")
+        if spec.tokens > most:
+            return f"slower than {faster} above {most} tokens"
         return None
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:

@@ -8,8 +8,9 @@ from fewbits.kernels.activations import round_tokens
 from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
 from fewbits.schemes import Scheme
 
-# Above these, oneDNN's blocked products are faster; measured in bench/linear.py.
-MOST_TOKENS = 2
+# Above these, oneDNN's blocked products are faster, but for layers so small that calling it takes longer than so many
+# products do here; measured in bench/linear.py.
+MOST_TOKENS, MOST_PRODUCTS = 2, 2**24
 # 127 · 127 · this many products stay below 2^24, where fp32 sums of integers are exact.
 EXACT_IN_FP32 = 1024
 
@@ -32,8 +33,10 @@ class Int8FewTokens:
             return "multiplies int8 per channel with int8 per token only"
         if (reason := not_compiled(spec)) is not None:
             return reason
-        if spec.tokens > MOST_TOKENS:
-            return f"slower than oneDNN above {MOST_TOKENS} tokens"
+        if spec.tokens > max(MOST_TOKENS, MOST_PRODUCTS // (spec.in_features * spec.out_features)):
+            return (
+                f"slower than oneDNN above {MOST_TOKENS} tokens, and above 2^{MOST_PRODUCTS.bit_length() - 1} products"
+            )
         return None
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fewbits.kernels import dot_bytes, scale_sums
+from fewbits.kernels import tokens as tokens_work
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.onednn import onednn_sums
 from fewbits.kernels.spec import LinearWeight, Steps
@@ -43,7 +44,7 @@ class FewTokensInt8(CompiledLinear):
             dot_bytes.X_AT: codes.data_ptr(), dot_bytes.X_SCALES_AT: scales.data_ptr(), dot_bytes.TOKENS: tokens,
             dot_bytes.OUT_AT: out.data_ptr(), dot_bytes.OUT_KIND: STORED[out.dtype],
         })  # fmt: skip
-        return Steps((int8_step(x, codes, scales), multiply), (self, x, out, codes, scales))
+        return Steps((int8_step(x, codes, scales), multiply), (codes, scales), tokens_work.X_AT, dot_bytes.OUT_AT)
 
 
 class OneDnnInt8Run:

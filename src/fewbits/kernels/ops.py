@@ -5,6 +5,7 @@ Eager calls of a layer need none of an operator's machinery and go to `runs_of` 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def prepare(runs: Runs, key: tuple[int, torch.dtype], weight: LinearWeight, bias
     kernel = choose(spec)
     # Several numbers of tokens share what one kernel prepared.
     if kernel.name not in runs:
-        runs[kernel.name] = kernel.prepare(weight, bias)
+        # A tensor of their own on the same memory: runs that held the key of `_prepared` would keep it for ever.
+        runs[kernel.name] = kernel.prepare(replace(weight, codes=weight.codes.detach()), bias)
     runs[key] = runs[kernel.name]
     return runs[key]
 

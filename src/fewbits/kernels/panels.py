@@ -1,5 +1,7 @@
 """Weights decoded panel by panel, for many tokens: some rows into a buffer that stays in the cache, then a plain GEMM.
 
+For processors without bf16 products, for finer activations, and for groups of any size.
+
 The whole weight is never decoded at once. bf16 activations multiply with bf16 panels; finer ones with fp32 panels.
 """
 

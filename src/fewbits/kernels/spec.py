@@ -24,7 +24,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Machine:
     """What a device can do, as far as kernels care.
 
-    features: "numba", "triton", "exact_u8s8" (oneDNN sums int8 products without saturation).
+    features: "numba", "triton", "exact_u8s8" (oneDNN sums int8 products without saturation), "bf16_products" and
+        "bf16_matrices" (instructions that compiled kernels have for bf16, and that oneDNN has besides).
     capability: compute capability of a CUDA device, None elsewhere.
     """
 
@@ -73,10 +74,16 @@ class LinearWeight:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Compiled work that a program may hold (kernels.team), and what has to stay alive as long."""
+    """Compiled work that a program may hold (kernels.team).
+
+    kept: what has to stay alive as long, besides the linear, its input and its output.
+    x_at, out_at: the fields of the first and the last block that hold the input's and the output's address.
+    """
 
     blocks: tuple[Any, ...]
     kept: tuple[Any, ...]
+    x_at: int
+    out_at: int
 
 
 @runtime_checkable
@@ -112,6 +119,13 @@ def not_compiled(spec: LinearSpec) -> str | None:
     return None
 
 
+def _bf16_instructions() -> set[str]:
+    from fewbits.kernels import lanes
+
+    found = {"bf16_products": lanes.HAS_BF16, "bf16_matrices": lanes.HAS_MATRIX_UNITS}
+    return {name for name, there in found.items() if there}
+
+
 @cache
 def machine_of(device: torch.device) -> Machine:
     """What this device can do."""
@@ -120,4 +134,5 @@ def machine_of(device: torch.device) -> Machine:
         return Machine(frozenset(features), torch.cuda.get_device_capability(device))
     if device.type == "cpu":
         features |= {"exact_u8s8"} if onednn_is_exact() else set()
+        features |= _bf16_instructions() if "numba" in features else set()
     return Machine(frozenset(features))

@@ -191,7 +191,12 @@ class Program:
         self._words, self._address = buffer[first : first + words], at + 8 * first
         self._words[STEPS], self._words[YIELD_AT] = len(steps), _yield_address()
         np.concatenate(steps, out=self._words[HEADER:])
-        self._counters = self._words[HEADER:].reshape(len(steps), WORDS)[:, : DONE + 1]
+        self._blocks = self._words[HEADER:].reshape(len(steps), WORDS)
+        self._counters = self._blocks[:, : DONE + 1]
+
+    def place(self, step: int, field: int, address: int) -> None:
+        """Put another address into a field of a step."""
+        self._blocks[step, field] = address
 
     def run(self, threads: int) -> None:
         """Go through all steps once; returns when everything is done."""

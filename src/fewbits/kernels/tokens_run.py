@@ -25,11 +25,16 @@ def int8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
+def fp8_step(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> Array:
+    """The step that rounds contiguous activations [T, K] to values on the grid of float8 (bf16 [T, K]) and scales."""
+    return _rounding("fp8", x, values, scales)
+
+
 def fp8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values on the grid of float8 (bf16 [T, K]) and scales (fp32 [T, 1]) of activations [T, K]."""
     values, scales = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty((x.shape[0], 1))
     x = x.contiguous()
-    Program([_rounding("fp8", x, values, scales)]).run(team_size(x.numel()))
+    Program([fp8_step(x, values, scales)]).run(team_size(x.numel()))
     return values, scales
 
 
