@@ -34,7 +34,7 @@ from fewbits.token_parts import Norm, Parts, norm_of, parts_of, rotation
 TOLERANCE = 0.06
 # Where activations are rounded to 8 bits, inputs that differ in their last bit fall on other codes: a block is then as
 # good as the model's if it differs from that by no more than twice what such inputs make of itself, within this limit.
-JITTERS, JITTER_LIMIT = 2.0, 0.2
+JITTERS, JITTER_LIMIT = 2.0, 0.15
 ULP = 2.0**-7
 # Channels of a gate worth handing out.
 GATE_PIECE = 256
