@@ -16,8 +16,7 @@ from fewbits.kernels.attention_parts import (
     add_weighted,
     copy_rows,
     hide,
-    pack_for_channels,
-    pack_for_rows,
+    pack_columns,
     padded,
     products,
 )
@@ -58,10 +57,10 @@ def _pull_queries(
         copy_rows(query[sample, head], queries)
         copy_rows(pull[sample, :, head], pulled)
         copy_rows(value[sample, head // shared], copied)
-        pack_for_rows(copied, value_panels)
+        pack_columns(copied.T, value_panels)
         copy_rows(key[sample, head // shared], copied)
-        pack_for_rows(copied, key_panels)
-        pack_for_channels(copied, channel_panels)
+        pack_columns(copied.T, key_panels)
+        pack_columns(copied, channel_panels)
         for top in range(0, length, STRIP):
             rows = min(STRIP, length - top)
             low, high = firsts[top] // PANEL * PANEL, padded(stops[top + rows - 1])
@@ -110,11 +109,11 @@ def _pull_keys(
         for head in range(owner * shared, (owner + 1) * shared):
             log[:length], delta[:length] = logs[sample, head], deltas[sample, head]
             copy_rows(query[sample, head], copied)
-            pack_for_rows(copied, query_panels)
-            pack_for_channels(copied, query_channels)
+            pack_columns(copied.T, query_panels)
+            pack_columns(copied, query_channels)
             copy_rows(pull[sample, :, head], copied)
-            pack_for_rows(copied, pull_panels)
-            pack_for_channels(copied, pull_channels)
+            pack_columns(copied.T, pull_panels)
+            pack_columns(copied, pull_channels)
             for top in range(0, keys, STRIP):
                 rows = min(STRIP, keys - top)
                 low, high = lows[top] // PANEL * PANEL, padded(highs[top + rows - 1])

@@ -40,24 +40,13 @@ def copy_rows(rows: Any, copied: Any) -> Any:
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
-def pack_for_rows(copied: Any, panels: Any) -> None:
-    """Rows as columns of right factors, summed over channels: 32 bits [panels of rows, pairs of channels, PANEL]."""
+def pack_columns(matrix: Any, panels: Any) -> None:
+    """Columns as right factors: bf16 [2 · pairs, PANEL · panels] into 32 bits [panels, pairs, PANEL]."""
     for panel in range(panels.shape[0]):
         for pair in range(panels.shape[1]):
             for lane in range(PANEL):
-                t = panel * PANEL + lane
-                low, high = np.uint32(copied[t, 2 * pair]), np.uint32(copied[t, 2 * pair + 1])
-                panels[panel, pair, lane] = np.uint32(low | np.uint32(high << np.uint32(16)))
-
-
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def pack_for_channels(copied: Any, panels: Any) -> None:
-    """Channels as columns of right factors, summed over rows: 32 bits [panels of channels, pairs of rows, PANEL]."""
-    for panel in range(panels.shape[0]):
-        for pair in range(panels.shape[1]):
-            for lane in range(PANEL):
-                i = panel * PANEL + lane
-                low, high = np.uint32(copied[2 * pair, i]), np.uint32(copied[2 * pair + 1, i])
+                column = panel * PANEL + lane
+                low, high = np.uint32(matrix[2 * pair, column]), np.uint32(matrix[2 * pair + 1, column])
                 panels[panel, pair, lane] = np.uint32(low | np.uint32(high << np.uint32(16)))
 
 
@@ -66,7 +55,7 @@ def pack_for_channels(copied: Any, panels: Any) -> None:
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def products(rows: Any, top: Any, panels: Any, first: Any, last: Any, out: Any) -> None:
-    """out[:, first : last] = a strip of rows, from `top` on, · panels packed by rows; first and last end panels."""
+    """out[:, first : last] = a strip of rows, from `top` on, · columns first to last, which end panels."""
     pairs, row_bytes, stride = panels.shape[1], 2 * rows.shape[1], 4 * out.shape[1]
     at, panels_at, out_at = rows.ctypes.data + top * row_bytes, panels.ctypes.data, out.ctypes.data
     for r in range(STRIP):
@@ -79,7 +68,7 @@ def products(rows: Any, top: Any, panels: Any, first: Any, last: Any, out: Any) 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def add_weighted(weights: Any, panels: Any, first: Any, last: Any, out: Any, top: Any) -> None:
-    """A strip of out, from `top` on, += weights[:, first : last] (bf16) · panels packed by channels."""
+    """A strip of out, from `top` on, += weights[:, first : last] (bf16) · the same rows of columns."""
     pairs, row_bytes, stride = panels.shape[1], 2 * weights.shape[1], 4 * out.shape[1]
     at, panels_at = weights.ctypes.data + 2 * first, panels.ctypes.data + first // 2 * PANEL * 4
     out_at = out.ctypes.data + top * stride

@@ -17,8 +17,7 @@ from fewbits.kernels.attention_parts import (
     add_weighted,
     copy_rows,
     hide,
-    pack_for_channels,
-    pack_for_rows,
+    pack_columns,
     padded,
     products,
 )
@@ -48,9 +47,9 @@ def _attend(
     for number in range(start, end):
         sample, head = number // heads, number % heads
         finite = copy_rows(query[sample, head], queries) & copy_rows(key[sample, head // shared], copied)
-        pack_for_rows(copied, key_panels)
+        pack_columns(copied.T, key_panels)
         copy_rows(value[sample, head // shared], copied)
-        pack_for_channels(copied, value_panels)
+        pack_columns(copied, value_panels)
         for top in range(0, length, STRIP):
             rows = min(STRIP, length - top)
             low, high = firsts[top] // PANEL * PANEL, padded(stops[top + rows - 1])

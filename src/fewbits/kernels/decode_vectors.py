@@ -18,15 +18,16 @@ from fewbits.kernels.lanes import (
     F32,
     HAS_BYTE_TABLES,
     I8,
-    I32,
     LANES,
-    PAIRS_OF_BF16,
     Bf16Lanes,
     ByteLanes,
     call,
+    halves_of,
     indices,
     load,
+    rounded,
     splat,
+    spread,
 )
 
 # Codes up to so many bits are looked up in one register.
@@ -38,23 +39,11 @@ def vector_bytes(kind: str) -> int:
     return CODES if kind in (FP8, INT8) else CODES // 8 * int(kind)
 
 
-def _spread(builder: Any, number: Any) -> Any:
-    """A number in all 16 lanes."""
-    first = builder.insert_element(ir.Constant(ir.VectorType(F32, LANES), ir.Undefined), number, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, first, splat(ir.VectorType(I32, LANES), 0))
-
-
-def _rounded(builder: Any, low: Any, high: Any) -> Any:
-    """Two vectors of fp32 as one of bf16, rounded half to even."""
-    packed = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS_OF_BF16, [high, low])
-    return builder.bitcast(packed, Bf16Lanes.vector)
-
-
 def _scaled(builder: Any, codes: list[Any], scale: Any, zero: Any) -> Any:
     """(code − zero) · scale of two vectors of codes as fp32."""
-    scales, zeros = _spread(builder, scale), _spread(builder, zero)
+    scales, zeros = spread(builder, scale), spread(builder, zero)
     halves = [builder.fmul(builder.fsub(half, zeros), scales) for half in codes]
-    return _rounded(builder, *halves)
+    return rounded(builder, halves)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -81,10 +70,6 @@ def _fields(builder: Any, address: Any, bits: int) -> Any:
     return builder.lshr(words, ir.Constant(Bf16Lanes.vector, [k * bits % 8 for k in range(CODES)]))
 
 
-def _halves(builder: Any, vector: Any) -> list[Any]:
-    return [builder.shuffle_vector(vector, vector, indices(range(at, at + LANES))) for at in (0, LANES)]
-
-
 def _fp8(builder: Any, address: Any) -> Any:
     """float8 as bf16, exactly."""
     stored = load(builder, address, ir.VectorType(I8, CODES))
@@ -105,7 +90,7 @@ def _fp8(builder: Any, address: Any) -> Any:
     # In a half's bits, the value is 2^-8 of what it should be.
     half = builder.bitcast(builder.or_(magnitude, sign), ir.VectorType(ir.HalfType(), CODES))
     full = builder.fpext(half, ir.VectorType(F32, CODES))
-    return _rounded(builder, *_halves(builder, builder.fmul(full, ir.Constant(full.type, [256.0] * CODES))))
+    return rounded(builder, halves_of(builder, builder.fmul(full, ir.Constant(full.type, [256.0] * CODES))))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -121,7 +106,7 @@ def decode_vector(
             found = _fp8(builder, address)
         elif kind == INT8:
             stored = load(builder, address, ir.VectorType(I8, CODES))
-            found = _scaled(builder, _halves(builder, builder.sitofp(stored, ir.VectorType(F32, CODES))), scale, zero)
+            found = _scaled(builder, halves_of(builder, builder.sitofp(stored, ir.VectorType(F32, CODES))), scale, zero)
         elif int(kind) <= TABLE_BITS:
             found = call(
                 builder, "llvm.x86.avx512.permvar.hi.512", Bf16Lanes.vector,
@@ -129,7 +114,7 @@ def decode_vector(
             )  # fmt: skip
         else:
             codes = builder.and_(_fields(builder, address, int(kind)), splat(Bf16Lanes.vector, 2 ** int(kind) - 1))
-            found = _scaled(builder, _halves(builder, builder.uitofp(codes, ir.VectorType(F32, CODES))), scale, zero)
+            found = _scaled(builder, halves_of(builder, builder.uitofp(codes, ir.VectorType(F32, CODES))), scale, zero)
         builder.store(found, builder.inttoptr(out_at, Bf16Lanes.vector.as_pointer()), align=2)
         return context.get_dummy_value()
 

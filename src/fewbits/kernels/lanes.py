@@ -6,6 +6,7 @@ products and tables of bytes name instructions, where the processor has them; el
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -94,12 +95,53 @@ def call(builder: Any, name: str, result: ir.Type, arguments: list[Any], flags: 
     return builder.call(function, arguments, fastmath=flags)
 
 
+def spread(builder: Any, value: Any) -> Any:
+    """A number of 32 bits in all 16 lanes."""
+    kind = ir.VectorType(value.type, LANES)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, first, splat(ir.VectorType(I32, LANES), 0))
+
+
+def constant(value: Any) -> ir.Constant:
+    """An fp32 number in all 16 lanes."""
+    return ir.Constant(Sums.vector, [ir.Constant(F32, float(value))] * LANES)
+
+
+def repeat(builder: Any, count: Any, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """A loop that runs at least once: body(turn, what is carried) returns what is carried on, and in the end."""
+    before = builder.block
+    loop, behind = builder.append_basic_block("loop"), builder.append_basic_block("behind")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    turn = builder.phi(I64)
+    turn.add_incoming(ir.Constant(I64, 0), before)
+    values = [builder.phi(value.type) for value in carried]
+    after = body(turn, values)
+    following = builder.add(turn, ir.Constant(I64, 1))
+    turn.add_incoming(following, loop)
+    for value, start, end in zip(values, carried, after, strict=True):
+        value.add_incoming(start, before)
+        value.add_incoming(end, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, behind)
+    builder.position_at_end(behind)
+    return after
+
+
+def halves_of(builder: Any, vector: Any) -> list[Any]:
+    """The first and the last 16 of 32."""
+    return [builder.shuffle_vector(vector, vector, indices(range(at, at + LANES))) for at in (0, LANES)]
+
+
+def rounded(builder: Any, halves: list[Any]) -> Any:
+    """Two fp32 vectors as the bits of one of bf16, rounded half to even; where HAS_BF16."""
+    packed = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS_OF_BF16, [halves[1], halves[0]])
+    return builder.bitcast(packed, Bf16Lanes.vector)
+
+
 def to_bf16(builder: Any, wide: Any) -> Any:
     """fp32 <32> that bf16 holds exactly, to its bits."""
     if HAS_BF16:
-        halves = [builder.shuffle_vector(wide, wide, indices(range(at, at + 16))) for at in (0, 16)]
-        packed = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS_OF_BF16, [halves[1], halves[0]])
-        return builder.bitcast(packed, Bf16Lanes.vector)
+        return rounded(builder, halves_of(builder, wide))
     bits = builder.bitcast(wide, ir.VectorType(I32, CODES))
     return builder.trunc(builder.lshr(bits, splat(ir.VectorType(I32, CODES), 16)), Bf16Lanes.vector)
 

@@ -8,37 +8,18 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fewbits.kernels.lanes import F32, I64, call
+from fewbits.kernels.lanes import F32, I64, call, repeat, spread
 from fewbits.kernels.panel_lanes import (
     bf16_at,
-    bf16_halves,
-    constant,
+    bf16_panel,
     exponential_of,
-    halves_of,
-    larger,
-    over_panels,
-    spread,
+    fp32_panel,
+    largest_of,
     store_bf16,
     store_fp32,
 )
 
-
-@intrinsic  # type: ignore[untyped-decorator]
-def largest_bf16(typing_context: Any, numbers: Any, panels: Any) -> Any:
-    """The largest of the bf16 numbers at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        numbers, panels = arguments
-
-        def body(panel: Any, carried: list[Any]) -> list[Any]:
-            halves = bf16_halves(builder, numbers, panel)
-            return [larger(builder, number, value) for number, value in zip(halves, carried, strict=True)]
-
-        lowest = constant(float("-inf"))
-        left, right = over_panels(builder, panels, [lowest, lowest], body)
-        return call(builder, "llvm.vector.reduce.fmax.v16f32", F32, [larger(builder, left, right)])
-
-    return types.float32(types.int64, types.int64), generate
+largest_bf16 = largest_of(bf16_panel)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -51,8 +32,7 @@ def bf16_exponentials(typing_context: Any, numbers: Any, panels: Any, largest: A
 
         def body(panel: Any, carried: list[Any]) -> list[Any]:
             halves = [
-                exponential_of(builder, builder.fsub(number, largest))
-                for number in bf16_halves(builder, numbers, panel)
+                exponential_of(builder, builder.fsub(number, largest)) for number in bf16_panel(builder, numbers, panel)
             ]
             store_fp32(builder, values, panel, halves)
             both = [ir.Constant(F32, -0.0), builder.fadd(*halves)]
@@ -61,7 +41,7 @@ def bf16_exponentials(typing_context: Any, numbers: Any, panels: Any, largest: A
             builder.store(total, builder.inttoptr(place, F32.as_pointer()), align=4)
             return []
 
-        over_panels(builder, panels, [], body)
+        repeat(builder, panels, [], body)
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64, types.float32, types.int64, types.int64), generate
@@ -76,11 +56,11 @@ def bf16_multiples(typing_context: Any, values: Any, panels: Any, factor: Any, o
         factor = spread(builder, factor)
 
         def body(panel: Any, carried: list[Any]) -> list[Any]:
-            halves = [builder.fmul(value, factor) for value in halves_of(builder, values, panel)]
+            halves = [builder.fmul(value, factor) for value in fp32_panel(builder, values, panel)]
             store_bf16(builder, bf16_at(builder, out, panel), halves)
             return []
 
-        over_panels(builder, panels, [], body)
+        repeat(builder, panels, [], body)
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64, types.float32, types.int64), generate

@@ -14,16 +14,16 @@ from fewbits.kernels.lanes import (
     I32,
     I64,
     LANES,
-    PAIRS_OF_BF16,
     Bf16Lanes,
     Sums,
-    call,
     indices,
     load,
+    repeat,
+    rounded,
     splat,
+    spread,
     widened,
 )
-from fewbits.kernels.panel_lanes import spread
 
 _WORDS = ir.VectorType(I32, LANES)
 _HALF = ir.VectorType(I16, LANES)
@@ -55,41 +55,29 @@ def pack_pairs(
 def _over_pairs(
     builder: Any, rows: Any, step: Any, roots: Any, pairs: Any, out: Any, stride: Any, largest: Any, total: Any
 ) -> None:
-    before = builder.block
-    loop, behind = builder.append_basic_block("pairs"), builder.append_basic_block("behind")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    done = builder.phi(I64)
-    done.add_incoming(ir.Constant(I64, 0), before)
-    most, sums = builder.phi(_WORDS), builder.phi(Sums.vector)
-    most.add_incoming(ir.Constant(_WORDS, None), before)
-    sums.add_incoming(ir.Constant(Sums.vector, None), before)
-    after_most, after_sums, sides = most, sums, []
-    for odd in range(2):
-        row = builder.add(builder.mul(done, ir.Constant(I64, 2)), ir.Constant(I64, odd))
-        bits = load(builder, builder.add(rows, builder.mul(row, step)), _HALF)
-        number = widened(builder, bits)
-        magnitude = builder.and_(builder.bitcast(number, _WORDS), splat(_WORDS, 0x7FFFFFFF))
-        above = builder.icmp_unsigned(">", magnitude, after_most)
-        after_most = builder.select(above, magnitude, after_most)
-        after_sums = builder.fadd(after_sums, builder.bitcast(magnitude, Sums.vector))
-        if roots is not None:
-            root = load(builder, builder.add(roots, builder.mul(row, ir.Constant(I64, 4))), F32)
-            number = builder.fmul(number, spread(builder, root))
-        sides.append(bits if roots is None else number)
-    if roots is None:
-        words = builder.shuffle_vector(*sides, _INTERLEAVED)
-    else:
-        both = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS_OF_BF16, [sides[1], sides[0]])
-        bits = builder.bitcast(both, Bf16Lanes.vector)
-        words = builder.shuffle_vector(bits, bits, _INTERLEAVED)
-    place = builder.add(out, builder.mul(done, stride))
-    builder.store(words, builder.inttoptr(place, Bf16Lanes.vector.as_pointer()), align=4)
-    following = builder.add(done, ir.Constant(I64, 1))
-    done.add_incoming(following, loop)
-    most.add_incoming(after_most, loop)
-    sums.add_incoming(after_sums, loop)
-    builder.cbranch(builder.icmp_signed("<", following, pairs), loop, behind)
-    builder.position_at_end(behind)
-    builder.store(after_most, builder.inttoptr(largest, _WORDS.as_pointer()), align=4)
-    builder.store(after_sums, builder.inttoptr(total, Sums.vector.as_pointer()), align=4)
+    def body(pair: Any, carried: list[Any]) -> list[Any]:
+        most, sums = carried
+        sides = []
+        for odd in range(2):
+            row = builder.add(builder.mul(pair, ir.Constant(I64, 2)), ir.Constant(I64, odd))
+            bits = load(builder, builder.add(rows, builder.mul(row, step)), _HALF)
+            number = widened(builder, bits)
+            magnitude = builder.and_(builder.bitcast(number, _WORDS), splat(_WORDS, 0x7FFFFFFF))
+            most = builder.select(builder.icmp_unsigned(">", magnitude, most), magnitude, most)
+            sums = builder.fadd(sums, builder.bitcast(magnitude, Sums.vector))
+            if roots is not None:
+                root = load(builder, builder.add(roots, builder.mul(row, ir.Constant(I64, 4))), F32)
+                number = builder.fmul(number, spread(builder, root))
+            sides.append(bits if roots is None else number)
+        if roots is None:
+            words = builder.shuffle_vector(*sides, _INTERLEAVED)
+        else:
+            both = rounded(builder, sides)
+            words = builder.shuffle_vector(both, both, _INTERLEAVED)
+        place = builder.add(out, builder.mul(pair, stride))
+        builder.store(words, builder.inttoptr(place, Bf16Lanes.vector.as_pointer()), align=4)
+        return [most, sums]
+
+    nothing = [ir.Constant(_WORDS, None), ir.Constant(Sums.vector, None)]
+    for address, found in zip((largest, total), repeat(builder, pairs, nothing, body), strict=True):
+        builder.store(found, builder.inttoptr(address, found.type.as_pointer()), align=4)

@@ -1,4 +1,4 @@
-"""Rows of numbers 32 at a time in registers: loops over them, e^x, and bf16 as it comes and goes.
+"""Rows of numbers 32 at a time in registers: e^x, and bf16 as it comes and goes.
 
 Written as LLVM's vectors: its own search for them in loops leaves e^x half undone.
 """
@@ -9,19 +9,23 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from fewbits.kernels.lanes import (
     F32,
     I32,
     I64,
     LANES,
-    PAIRS_OF_BF16,
     Bf16Lanes,
     Sums,
     call,
-    indices,
+    constant,
+    halves_of,
     load,
     multiply_add,
+    repeat,
+    rounded,
     splat,
     widened,
 )
@@ -32,16 +36,8 @@ PANEL = 2 * LANES
 WORDS = ir.VectorType(I32, LANES)
 
 
-def constant(value: Any) -> ir.Constant:
-    return ir.Constant(Sums.vector, [ir.Constant(F32, float(value))] * LANES)
-
-
-def spread(builder: Any, number: Any) -> Any:
-    first = builder.insert_element(ir.Constant(Sums.vector, ir.Undefined), number, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, first, splat(WORDS, 0))
-
-
 def larger(builder: Any, left: Any, right: Any) -> Any:
+    """The larger of each two; the right one where one is NaN."""
     return builder.select(builder.fcmp_ordered(">", left, right), left, right)
 
 
@@ -64,54 +60,51 @@ def exponential_of(builder: Any, x: Any) -> Any:
 
 def store_bf16(builder: Any, address: Any, halves: list[Any]) -> None:
     """Two vectors rounded to bf16, half to even, as one."""
-    packed = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS_OF_BF16, [halves[1], halves[0]])
     place = builder.inttoptr(address, Bf16Lanes.vector.as_pointer())
-    builder.store(builder.bitcast(packed, Bf16Lanes.vector), place, align=2)
+    builder.store(rounded(builder, halves), place, align=2)
 
 
-def over_panels(
-    builder: Any, panels: Any, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]
-) -> list[Any]:
-    """A loop over at least one panel: body(panel's number, what is carried) returns what is carried on."""
-    before = builder.block
-    loop, behind = builder.append_basic_block("panels"), builder.append_basic_block("behind")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    done = builder.phi(I64)
-    done.add_incoming(ir.Constant(I64, 0), before)
-    values = [builder.phi(value.type) for value in carried]
-    after = body(done, values)
-    following = builder.add(done, ir.Constant(I64, 1))
-    done.add_incoming(following, loop)
-    for value, start, end in zip(values, carried, after, strict=True):
-        value.add_incoming(start, before)
-        value.add_incoming(end, loop)
-    builder.cbranch(builder.icmp_signed("<", following, panels), loop, behind)
-    builder.position_at_end(behind)
-    return after
-
-
-def halves_of(builder: Any, address: Any, panel: Any) -> list[Any]:
+def fp32_panel(builder: Any, address: Any, panel: Any) -> list[Any]:
     """The fp32 vectors of a panel."""
     at = builder.add(address, builder.mul(panel, ir.Constant(I64, 4 * PANEL)))
     return [load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * half)), Sums.vector) for half in range(2)]
 
 
 def bf16_at(builder: Any, address: Any, panel: Any) -> Any:
+    """Where a panel of bf16 numbers lies."""
     return builder.add(address, builder.mul(panel, ir.Constant(I64, 2 * PANEL)))
 
 
 def store_fp32(builder: Any, address: Any, panel: Any, halves: list[Any]) -> None:
+    """A panel's two vectors as they are."""
     at = builder.add(address, builder.mul(panel, ir.Constant(I64, 4 * PANEL)))
     for half, value in enumerate(halves):
         place = builder.add(at, ir.Constant(I64, 4 * LANES * half))
         builder.store(value, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
 
 
-def bf16_halves(builder: Any, address: Any, panel: Any) -> list[Any]:
-    """A panel of bf16 numbers as fp32 vectors."""
+def bf16_panel(builder: Any, address: Any, panel: Any) -> list[Any]:
+    """The bf16 numbers of a panel as fp32 vectors."""
     both = load(builder, bf16_at(builder, address, panel), Bf16Lanes.vector)
-    return [
-        widened(builder, builder.shuffle_vector(both, both, indices(range(half * LANES, half * LANES + LANES))))
-        for half in range(2)
-    ]
+    return [widened(builder, half) for half in halves_of(builder, both)]
+
+
+def largest_of(panel_of: Callable[[Any, Any, Any], list[Any]]) -> Callable[..., Any]:
+    """An intrinsic (address, panels): the largest number there, as `panel_of` reads them."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def largest(typing_context: Any, numbers: Any, panels: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            numbers, panels = arguments
+
+            def body(panel: Any, carried: list[Any]) -> list[Any]:
+                halves = panel_of(builder, numbers, panel)
+                return [larger(builder, number, value) for number, value in zip(halves, carried, strict=True)]
+
+            lowest = constant(float("-inf"))
+            left, right = repeat(builder, panels, [lowest, lowest], body)
+            return call(builder, "llvm.vector.reduce.fmax.v16f32", F32, [larger(builder, left, right)])
+
+        return types.float32(types.int64, types.int64), generate
+
+    return largest  # type: ignore[no-any-return]

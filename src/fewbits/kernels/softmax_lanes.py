@@ -11,35 +11,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fewbits.kernels.lanes import F32, call
-from fewbits.kernels.panel_lanes import (
-    bf16_at,
-    constant,
-    exponential_of,
-    halves_of,
-    larger,
-    over_panels,
-    spread,
-    store_bf16,
-)
+from fewbits.kernels.lanes import F32, call, constant, repeat, spread
+from fewbits.kernels.panel_lanes import bf16_at, exponential_of, fp32_panel, largest_of, store_bf16
 
-
-@intrinsic  # type: ignore[untyped-decorator]
-def largest_score(typing_context: Any, scores: Any, panels: Any) -> Any:
-    """The largest of the scores at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scores, panels = arguments
-
-        def body(panel: Any, carried: list[Any]) -> list[Any]:
-            halves = halves_of(builder, scores, panel)
-            return [larger(builder, score, value) for score, value in zip(halves, carried, strict=True)]
-
-        lowest = constant(float("-inf"))
-        left, right = over_panels(builder, panels, [lowest, lowest], body)
-        return call(builder, "llvm.vector.reduce.fmax.v16f32", F32, [larger(builder, left, right)])
-
-    return types.float32(types.int64, types.int64), generate
+largest_score = largest_of(fp32_panel)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -53,13 +28,13 @@ def weigh_scores(typing_context: Any, scores: Any, panels: Any, largest: Any, sc
         def body(panel: Any, carried: list[Any]) -> list[Any]:
             halves = [
                 exponential_of(builder, builder.fmul(builder.fsub(score, largest), scale))
-                for score in halves_of(builder, scores, panel)
+                for score in fp32_panel(builder, scores, panel)
             ]
             store_bf16(builder, bf16_at(builder, weights, panel), halves)
             return [builder.fadd(total, half) for total, half in zip(carried, halves, strict=True)]
 
         nothing = constant(0.0)
-        left, right = over_panels(builder, panels, [nothing, nothing], body)
+        left, right = repeat(builder, panels, [nothing, nothing], body)
         totals = [ir.Constant(F32, -0.0), builder.fadd(left, right)]
         return call(builder, "llvm.vector.reduce.fadd.v16f32", F32, totals, ("reassoc",))
 
@@ -78,14 +53,14 @@ def pull_query(
 
         def body(panel: Any, carried: list[Any]) -> list[Any]:
             halves = []
-            sides = halves_of(builder, scores, panel), halves_of(builder, pulls, panel)
+            sides = fp32_panel(builder, scores, panel), fp32_panel(builder, pulls, panel)
             for score, pull in zip(*sides, strict=True):
                 weight = exponential_of(builder, builder.fsub(builder.fmul(score, scale), log))
                 halves.append(builder.fmul(builder.fmul(weight, builder.fsub(pull, delta)), scale))
             store_bf16(builder, bf16_at(builder, gradients, panel), halves)
             return []
 
-        over_panels(builder, panels, [], body)
+        repeat(builder, panels, [], body)
         return context.get_dummy_value()
 
     numbers = [types.float32] * 3
@@ -105,7 +80,7 @@ def pull_key(
 
         def body(panel: Any, carried: list[Any]) -> list[Any]:
             weighed, halves = [], []
-            sides = (halves_of(builder, address, panel) for address in (scores, pulls, logs, deltas))
+            sides = (fp32_panel(builder, address, panel) for address in (scores, pulls, logs, deltas))
             for score, pull, log, delta in zip(*sides, strict=True):
                 weight = exponential_of(builder, builder.fsub(builder.fmul(score, scale), log))
                 weighed.append(weight)
@@ -114,7 +89,7 @@ def pull_key(
             store_bf16(builder, bf16_at(builder, gradients, panel), halves)
             return []
 
-        over_panels(builder, panels, [], body)
+        repeat(builder, panels, [], body)
         return context.get_dummy_value()
 
     addresses = [types.int64] * 4

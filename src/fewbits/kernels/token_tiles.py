@@ -20,8 +20,9 @@ from numba.extending import intrinsic, models, register_model
 
 from fewbits.kernels.decode_vectors import decode_vector, table_of
 from fewbits.kernels.decoders import decoder_of
-from fewbits.kernels.lanes import CODES, I32, I64, LANES, PAIRS_OF_BF16, Sums, call, fetch, load
+from fewbits.kernels.lanes import CODES, I32, I64, LANES, PAIRS_OF_BF16, Sums, fetch, load, repeat
 from fewbits.kernels.memory import FLOAT32, as_bf16, number_at, pointer_to
+from fewbits.kernels.strips import add_products_of_pairs
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
 # The fields of a block.
@@ -85,45 +86,20 @@ def add_tile(typing_context: Any, tile: Any, weights: Any, x: Any, pairs: Any, s
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, vectors = signature.args[0].rows, signature.args[0].vectors
         _, weights, x, pairs, sums = arguments
-        places = [
-            [builder.add(sums, ir.Constant(I64, 4 * LANES * (r * vectors + v))) for v in range(vectors)]
-            for r in range(rows)
-        ]
-        before = builder.block
-        kept = [[load(builder, place, Sums.vector) for place in row] for row in places]
-        loop, behind = builder.append_basic_block("pairs"), builder.append_basic_block("behind")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        pair = builder.phi(I64)
-        pair.add_incoming(ir.Constant(I64, 0), before)
-        totals = [[builder.phi(Sums.vector) for _ in range(vectors)] for _ in range(rows)]
-        at = builder.add(x, builder.mul(pair, ir.Constant(I64, 4 * LANES * vectors)))
-        tokens = [
-            load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * v)), PAIRS_OF_BF16) for v in range(vectors)
-        ]
-        at = builder.add(weights, builder.mul(pair, ir.Constant(I64, 4)))
-        nobody = ir.Constant(ir.VectorType(I32, LANES), ir.Undefined)
-        everywhere = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-        added = []
-        for r in range(rows):
-            one = load(builder, builder.add(at, ir.Constant(I64, STRIDE * r)), I32)
-            first = builder.insert_element(nobody, one, ir.Constant(I32, 0))
-            row = builder.bitcast(builder.shuffle_vector(first, nobody, everywhere), PAIRS_OF_BF16)
-            added.append([
-                call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", Sums.vector, [totals[r][v], tokens[v], row])
-                for v in range(vectors)
-            ])  # fmt: skip
-        following = builder.add(pair, ir.Constant(I64, 1))
-        pair.add_incoming(following, loop)
-        for r in range(rows):
-            for v in range(vectors):
-                totals[r][v].add_incoming(kept[r][v], before)
-                totals[r][v].add_incoming(added[r][v], loop)
-        builder.cbranch(builder.icmp_signed("<", following, pairs), loop, behind)
-        builder.position_at_end(behind)
-        for r in range(rows):
-            for v in range(vectors):
-                builder.store(added[r][v], builder.inttoptr(places[r][v], Sums.vector.as_pointer()), align=4)
+        places = [builder.add(sums, ir.Constant(I64, 4 * LANES * place)) for place in range(rows * vectors)]
+
+        def body(pair: Any, carried: list[Any]) -> list[Any]:
+            at = builder.add(x, builder.mul(pair, ir.Constant(I64, 4 * LANES * vectors)))
+            tokens = [
+                load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * v)), PAIRS_OF_BF16) for v in range(vectors)
+            ]
+            at = builder.add(weights, builder.mul(pair, ir.Constant(I64, 4)))
+            decoded = (load(builder, builder.add(at, ir.Constant(I64, STRIDE * r)), I32) for r in range(rows))
+            return add_products_of_pairs(builder, carried, decoded, tokens)
+
+        kept = [load(builder, place, Sums.vector) for place in places]
+        for place, total in zip(places, repeat(builder, pairs, kept, body), strict=True):
+            builder.store(total, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.none(tile, types.int64, types.int64, types.int64, types.int64), generate

@@ -18,7 +18,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fewbits.kernels.compiling import Array, as_float
-from fewbits.kernels.lanes import I8, I16, I32, LANES, Bf16Lanes, Sums, call, dot_pairs, load, no_sums, splat, total_of
+from fewbits.kernels.lanes import (
+    I8,
+    I16,
+    I32,
+    LANES,
+    Bf16Lanes,
+    Sums,
+    call,
+    constant,
+    dot_pairs,
+    load,
+    no_sums,
+    splat,
+    spread,
+    total_of,
+)
 
 # Weights of a step, and their bytes.
 STEP, STEP_BYTES = 32, 64
@@ -43,17 +58,6 @@ def _halves(builder: Any, words: Any) -> list[Any]:
     """Weights at even and at odd places, as fp32."""
     halves = [builder.shl(words, splat(_WORDS, 16)), builder.and_(words, splat(_WORDS, 0xFFFF0000))]
     return [builder.bitcast(half, Sums.vector) for half in halves]
-
-
-def _spread(builder: Any, value: Any) -> Any:
-    """A number in every lane."""
-    vector = ir.VectorType(value.type, LANES)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, first, splat(_WORDS, 0))
-
-
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(Sums.vector, [value] * LANES)
 
 
 def _add_misses(builder: Any, sums: Any, x: Any, value: Any, scale: Any) -> Any:
@@ -154,15 +158,15 @@ def round_to_int(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, source, target, inverse, scale, limits, zero = arguments
-        inverse, scale, found, codes = _spread(builder, inverse), _spread(builder, scale), [], []
+        inverse, scale, found, codes = spread(builder, inverse), spread(builder, scale), [], []
         for place, x in enumerate(_halves(builder, load(builder, source, _WORDS))):
             u = builder.fmul(x, inverse)
             if bounded:
-                low, high = (_spread(builder, limit) for limit in cgutils.unpack_tuple(builder, limits))
+                low, high = (spread(builder, limit) for limit in cgutils.unpack_tuple(builder, limits))
                 u = builder.select(builder.fcmp_ordered("<", u, low), low, u)
                 u = builder.select(builder.fcmp_ordered(">", u, high), high, u)
-            shifted = builder.fadd(u, _constant(TO_INTEGER))
-            value = builder.fsub(shifted, _constant(TO_INTEGER))
+            shifted = builder.fadd(u, constant(TO_INTEGER))
+            value = builder.fsub(shifted, constant(TO_INTEGER))
             found.append(_add_misses(builder, builder.extract_value(sums, place), x, value, scale))
             codes.append(builder.bitcast(shifted, _WORDS))
         _store_bytes(builder, target, codes, zero if raised else None)
@@ -178,7 +182,7 @@ def round_to_fp8(typing_context: Any, sums: Any, source: Any, target: Any, inver
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, source, target, inverse, scale = arguments
-        inverse, scale, found, codes = _spread(builder, inverse), _spread(builder, scale), [], []
+        inverse, scale, found, codes = spread(builder, inverse), spread(builder, scale), [], []
         words = load(builder, source, _WORDS)
         magnitudes = builder.and_(words, splat(_WORDS, 0x7FFF7FFF))
         for place, x in enumerate(_halves(builder, magnitudes)):
