@@ -36,7 +36,7 @@ PROMPT = "The capital of France is"
 TOKENS = 16
 WINDOWS, LENGTH = 3, 512
 # A small share of what a real calibration takes, so that the demo ends in minutes.
-SAMPLES = 12
+SAMPLES = 8
 
 
 class DemoError(FewbitsError):
