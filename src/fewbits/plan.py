@@ -13,7 +13,7 @@ from pathlib import Path
 from fewbits.checkpoints.reader import Checkpoint, open_checkpoint
 from fewbits.config import QuantConfig
 from fewbits.engines import EngineSupport, PlannedScheme, engine_support
-from fewbits.errors import PlanError
+from fewbits.errors import ConfigError, PlanError
 from fewbits.formats import DEFAULT_FORMAT, FORMATS, Format
 from fewbits.kernels.threads import thread_count
 from fewbits.layers import LinearLayer, block_index, find_layers, fusion_groups
@@ -130,6 +130,8 @@ def plan(
         PlanError: config and model do not go together: a pattern that matches nothing, a group size that does not
             divide, a width that the format cannot store; or there is no such format.
     """
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"config must be a QuantConfig, got {config!r}.", "give QuantConfig(method)")
     config.validate()
     if format not in FORMATS:
         raise PlanError(f"'{format}' is no format.", f"known are {', '.join(FORMATS)}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fewbits
-from fewbits import GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, PlanError, QuantConfig
+from fewbits import GPTQ, ConfigError, Fp8E4M3, Int4Asymmetric, Int8Symmetric, PlanError, QuantConfig
 from fewbits.layout import Shard
 from tiny_models import CONFIG, random_model, write_source
 
@@ -58,6 +58,11 @@ def test_a_tensor_that_is_no_linear_cannot_be_named(model: Path) -> None:
 def test_a_plan_in_which_all_is_skipped_is_refused(model: Path) -> None:
     with pytest.raises(PlanError, match="nothing is left to quantize"):
         fewbits.plan(model, QuantConfig(None))
+
+
+def test_a_method_in_place_of_a_config_is_refused_with_what_to_give(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)must be a QuantConfig.*QuantConfig\(method\)"):
+        fewbits.plan(model, Int8Symmetric())  # type: ignore[arg-type]
 
 
 def test_layers_that_no_group_divides_are_named_by_width_with_the_sizes_that_fit(tmp_path: Path) -> None:
