@@ -82,7 +82,7 @@ class Smoothing:
         stacked = torch.cat([weight.float() for weight in weights])
         ties = Ties(place.fold.rows)
         problem = ScaleProblem(stacked, statistics, ties, sample, SmoothQuant(0.5), unrounded, unrounded)
-        s = absorb(place, find_scales(problem), self.edits)
+        s = absorb(place, find_scales(problem), self.edits).inputs
         for layer in layers:
             stored = self.edits.stored(layer.tensor)
             self.edits.tensors[layer.tensor] = stored * (s[:, None] if layer.transposed else s)

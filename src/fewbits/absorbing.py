@@ -7,7 +7,7 @@ numbers imply: the consumers are quantized with these, and the pair is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,15 +25,6 @@ class FoldPlace:
     parts: tuple[Part, ...]
     bias: str | None
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The tensors that a scale changes."""
-        fed = self.fold.rows[self.fold.rows >= 0]
-        if self.fold.producer.transposed:
-            return (self.parts[0].tensor, *([] if self.bias is None else [self.bias]))
-        touched = [part.tensor for part in self.parts if bool(((fed >= part.start) & (fed < part.stop)).any())]
-        return (*touched, *([] if self.bias is None else [self.bias]))
-
 
 @dataclass
 class FileEdits:
@@ -48,14 +39,23 @@ class FileEdits:
         return self.tensors[name] if name in self.tensors else self.read(name)
 
 
-def absorb(place: FoldPlace, s: torch.Tensor, edits: FileEdits) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class Absorbed:
+    """The scales that count, which are those that the stored numbers imply.
+
+    inputs: of the input channels, fp32 [in]; 1 where a channel cannot be scaled.
+    divided: by the name of a tensor that changed, what its rows were divided by, fp32 [rows].
+    """
+
+    inputs: torch.Tensor
+    divided: Mapping[str, torch.Tensor]
+
+
+def absorb(place: FoldPlace, s: torch.Tensor, edits: FileEdits) -> Absorbed:
     """Divide the producer's rows by the scales of the input channels they feed.
 
     Args:
         s: fp32 [in], positive, the same for channels of the same row.
-
-    Returns:
-        The scales that came of it, fp32 [in]: 1 where a channel cannot be scaled.
     """
     fold = place.fold
     count = max(part.stop for part in place.parts)
@@ -63,6 +63,7 @@ def absorb(place: FoldPlace, s: torch.Tensor, edits: FileEdits) -> torch.Tensor:
         count = edits.stored(place.parts[0].tensor).shape[1]
     wanted = fold.by_row(s, count)
     became = torch.ones(count)
+    divided: dict[str, torch.Tensor] = {}
     for part in place.parts:
         rows = slice(0, count) if fold.producer.transposed else slice(part.start, part.stop)
         if bool((wanted[rows] == 1).all()):
@@ -73,10 +74,12 @@ def absorb(place: FoldPlace, s: torch.Tensor, edits: FileEdits) -> torch.Tensor:
             became[rows] = _absorb_in_codes(part.tensor, wanted[rows], edits)
         else:
             became[rows] = _absorb_in_rows(part.tensor, wanted[rows], fold.producer.transposed, edits)
+        divided[part.tensor] = became[rows]
     if place.bias is not None:
         bias = edits.stored(place.bias)
         edits.tensors[place.bias] = (bias.float() / became).to(bias.dtype)
-    return torch.where(fold.rows >= 0, became[fold.rows.clamp_min(0)], 1.0)
+        divided[place.bias] = became
+    return Absorbed(torch.where(fold.rows >= 0, became[fold.rows.clamp_min(0)], 1.0), divided)
 
 
 def _absorb_in_norm(name: str, wanted: torch.Tensor, offset: float, edits: FileEdits) -> torch.Tensor:

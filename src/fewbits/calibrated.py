@@ -183,5 +183,11 @@ class CalibratedConversion:
         records = [asdict(solved.records[layer.name]) for _, layer in work.sources if layer is not None]
         for note in notes:
             self.progress.note(note)
-        self.journal.append(shard.file, digests, records, [asdict(note) for note in notes], {"folds": solved.folds})
+        self.journal.append(
+            shard.file,
+            digests,
+            records,
+            [asdict(note) for note in notes],
+            {"folds": [fold.to_dict() for fold in solved.folds]},
+        )
         self._states_path(done.block - 1).unlink(missing_ok=True)

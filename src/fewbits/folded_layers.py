@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fewbits.absorbing import FileEdits, FoldPlace, absorb
+from fewbits.fold_records import FoldRecord, unscaled
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
+from fewbits.packing import decode
 from fewbits.plan import PlannedLayer
 from fewbits.solve_layers import Scaling, SolvedLayer, solve_group
 from fewbits.statistics import Statistics
@@ -21,13 +23,13 @@ from fewbits.transforms.ties import Ties
 class BlockResult:
     """What is known of a block so far.
 
-    records: of solved layers by name. edits: what its files will hold. folds: what was scaled, for the manifest.
+    records: of solved layers by name. edits: what its files will hold. folds: what was scaled.
     """
 
     edits: FileEdits
     records: dict[str, Any] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
-    folds: list[dict[str, Any]] = field(default_factory=list)
+    folds: list[FoldRecord] = field(default_factory=list)
 
 
 @dataclass
@@ -39,6 +41,7 @@ class LayerSolver:
     check: Callable[[LinearLayer, torch.Tensor], None]
 
     def __post_init__(self) -> None:
+        self._layer_of = {layer.layer.tensor: name for name, layer in self.planned.items()}
         self._begin()
 
     def _begin(self) -> None:
@@ -85,12 +88,25 @@ class LayerSolver:
         """Solve layers whose input channels may be scaled."""
 
         def absorbed(s: torch.Tensor) -> torch.Tensor:
-            became = absorb(place, s, self._block.edits)
-            if bool((became != 1).any()):
-                self._block.folds.append({"tensors": list(place.tensors), "layers": [layer.tensor for layer in layers]})
-            return became
+            taken, fold = absorb(place, s, self._block.edits), place.fold
+            if bool((taken.inputs != 1).any()):
+                tensors = tuple(layer.tensor for layer in layers)
+                transposed = fold.producer.transposed
+                self._block.folds.append(FoldRecord(taken.divided, tensors, taken.inputs, fold.norm_offset, transposed))
+                for name in taken.divided.keys() & self._block.edits.quantized.keys():
+                    self._compare_divided(name)
+            return taken.inputs
 
         return self._solve(layers, weights, statistics, Scaling(Ties(place.fold.rows), sample, absorbed))
+
+    def _compare_divided(self, tensor: str) -> None:
+        """Take the error of a quantized layer anew: its divided scales were rounded once more, group by group."""
+        weight, exact = self._block.edits.quantized[tensor], self.read(tensor).float()
+        squared_error = (exact - unscaled(decode(weight), tensor, self._block.folds)).square().sum(1)
+        name = self._layer_of[tensor]
+        self._block.records[name] = replace(
+            self._block.records[name], squared_error=squared_error.sum(dtype=torch.float64).item()
+        )
 
     def _solve(
         self,

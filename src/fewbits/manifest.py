@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.errors import CheckpointError
+from fewbits.fold_records import FoldRecord
 
 MANIFEST = "fewbits.json"
 KNOWN_VERSIONS = (1,)
@@ -32,12 +33,12 @@ class RecordedLayer:
 class Manifest:
     """What the writer recorded.
 
-    tensors: sha256 of every tensor's bytes. folded: source tensors that a transform rescaled, so that they differ.
+    tensors: sha256 of every tensor's bytes. folds: by the name of a source tensor that folds rescaled, those folds.
     """
 
     tensors: Mapping[str, str]
     layers: Mapping[str, RecordedLayer]
-    folded: frozenset[str]
+    folds: Mapping[str, tuple[FoldRecord, ...]]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -56,7 +57,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not isinstance(content, dict) or content.get("version") not in KNOWN_VERSIONS:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} has the version {found!r}; known is {KNOWN_VERSIONS[0]}.", _HINT)
-    return Manifest(_tensors(path, content), _layers(path, content), _folded(path, content))
+    return Manifest(_tensors(path, content), _layers(path, content), _folds(path, content))
 
 
 def _tensors(path: Path, content: dict[str, Any]) -> dict[str, str]:
@@ -89,8 +90,16 @@ def _layer(path: Path, number: int, layer: object) -> RecordedLayer:
     return RecordedLayer(**{key: layer[key] for key in kinds})
 
 
-def _folded(path: Path, content: dict[str, Any]) -> frozenset[str]:
-    folded = content.get("folded", [])
-    if not isinstance(folded, list) or not all(isinstance(name, str) for name in folded):
-        raise CheckpointError(f"{path}: `folded` is {folded!r:.80}; expected a list of tensor names.", _HINT)
-    return frozenset(folded)
+def _folds(path: Path, content: dict[str, Any]) -> dict[str, tuple[FoldRecord, ...]]:
+    stored = content.get("folds", [])
+    if not isinstance(stored, list):
+        raise CheckpointError(f"{path}: `folds` is {stored!r:.80}; expected a list.", _HINT)
+    by_tensor: dict[str, tuple[FoldRecord, ...]] = {}
+    for number, entry in enumerate(stored):
+        try:
+            fold = FoldRecord.from_dict(entry)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: folds[{number}]: {error.message}", _HINT) from error
+        for name in (*fold.divided, *fold.multiplied):
+            by_tensor[name] = (*by_tensor.get(name, ()), fold)
+    return by_tensor

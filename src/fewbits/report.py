@@ -61,7 +61,7 @@ class Report:
     """The outcome of `quantize`.
 
     stages: seconds by stage. resumed_shards: shards found finished from an interrupted run.
-    folds: tensors that took scales up, and the layers whose inputs were scaled.
+    folds: tensors that took scales up, the layers whose inputs were scaled, and the scales (`FoldRecord.to_dict`).
     """
 
     out_dir: Path
@@ -99,6 +99,5 @@ class Report:
             "layers": [record.to_dict() for record in self.layers],
             "notes": [asdict(note) for note in self.notes],
             "folds": list(self.folds),
-            "folded": sorted({name for fold in self.folds for name in (*fold["tensors"], *fold["layers"])}),
             "tensors": self.tensor_digests,
         }

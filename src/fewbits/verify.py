@@ -90,10 +90,6 @@ class _Verification:
             self._compare_headers(checkpoint, self.source, layers)
         data = DataPass(checkpoint, self.source, manifest, self.problems, self.progress)
         errors = data.run(layers)
-        if data.skipped:
-            self.unchecked.append(
-                f"{data.skipped} tensors were rescaled by a fold: they differ from the source on purpose"
-            )
         return VerifyReport(
             path=self.folder,
             against=None if self.source is None else self.source.path,

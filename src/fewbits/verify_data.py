@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ import torch
 
 from fewbits.checkpoints.reader import Checkpoint, TensorReader
 from fewbits.errors import CheckpointError
+from fewbits.fold_records import FoldRecord, differing, misfit, unscaled
 from fewbits.formats import Format
 from fewbits.layout import WEIGHT_DTYPES, OutputTensor, TensorEntry
 from fewbits.manifest import MANIFEST, Manifest
@@ -59,7 +60,7 @@ class _Fault:
 
 @dataclass
 class DataPass:
-    """Reads every tensor once. `skipped` counts tensors that a fold rescaled, which no source can be held against."""
+    """Reads every tensor once."""
 
     checkpoint: Checkpoint
     source: Checkpoint | None
@@ -67,7 +68,6 @@ class DataPass:
     problems: list[Problem]
     progress: Progress
     bytes_checked: int = 0
-    skipped: int = 0
     _open: ExitStack = field(default_factory=ExitStack)
 
     def run(self, layers: Iterable[StoredLayer]) -> tuple[LayerError, ...]:
@@ -91,10 +91,13 @@ class DataPass:
     def _problem(self, where: str, found: str, expected: str = "") -> None:
         self.problems.append(Problem(where, found, expected))
 
-    def _is_folded(self, tensor: str) -> bool:
-        folded = self.manifest is not None and tensor in self.manifest.folded
-        self.skipped += folded
-        return folded
+    def _folds(self, tensor: str, shape: Sequence[int]) -> tuple[FoldRecord, ...] | None:
+        """The folds that rescaled a tensor of the source; None if what is recorded of them does not fit it."""
+        folds = () if self.manifest is None else self.manifest.folds.get(tensor, ())
+        wrong = misfit(tensor, shape, folds)
+        if wrong is not None:
+            self._problem(tensor, f"{wrong} in {MANIFEST}", "one for each row or column")
+        return folds if wrong is None else None
 
     def _check_hash(self, name: str, digest: str) -> None:
         expected = None if self.manifest is None else self.manifest.tensors.get(name)
@@ -103,7 +106,8 @@ class DataPass:
 
     def _layer(self, layer: StoredLayer, reader: TensorReader, source: TensorReader | None) -> LayerError | None:
         weight = f"{layer.name}.weight"
-        if source is not None and (not self._has_source(layer) or self._is_folded(weight)):
+        folds = self._folds(weight, layer.shape)
+        if source is not None and (not self._has_source(layer) or folds is None):
             source = None
         check = _LayerCheck(layer)
         remark = None
@@ -113,7 +117,7 @@ class DataPass:
                 stored = check.read(reader, start, stop)
                 remark = remark or layer.format.remark(layer.name, stored, layer.scheme, stop - start)
                 if source is not None:
-                    check.compare(source.read_rows(weight, start, stop), stored)
+                    check.compare(source.read_rows(weight, start, stop), stored, start, folds or ())
                 self.bytes_checked += check.bytes_read - before
                 self.progress.advance(check.bytes_read - before, layer.name)
         except CheckpointError as error:
@@ -152,7 +156,10 @@ class DataPass:
         original = None if self.source is None else self.source.tensors.get(entry.name)
         if original is not None and ((original.dtype, original.shape) != (entry.dtype, entry.shape)):
             original = None
-        if original is not None and self._is_folded(entry.name):
+        folds = self._folds(entry.name, entry.shape)
+        if original is not None and folds != ():
+            if source is not None and folds is not None:
+                self._divided(entry.name, reader, source, folds)
             original = None
         buffer = torch.empty(min(TILE_BYTES, entry.nbytes), dtype=torch.uint8)
         other = torch.empty_like(buffer)
@@ -178,6 +185,19 @@ class DataPass:
             self._problem(
                 entry.name, f"{differing} bytes differ from the source, the first at byte {first}", "bytes as they were"
             )
+
+    def _divided(self, name: str, reader: TensorReader, source: TensorReader, folds: Iterable[FoldRecord]) -> None:
+        """A tensor that took scales up: it must be the source's, divided by those that are recorded."""
+        try:
+            wrong = differing(source.read(name), reader.read(name), name, folds)
+        except CheckpointError:
+            return  # said when its bytes are hashed
+        if bool(wrong.any()):
+            first = wrong.nonzero()[0].tolist()
+            self._problem(
+                name, f"{int(wrong.sum())} values are not the source's divided by the fold's scales, first at {first}",
+                f"those that {MANIFEST} has scales for",
+            )  # fmt: skip
 
 
 def _row_tiles(shape: tuple[int, int]) -> Iterable[tuple[int, int]]:
@@ -234,11 +254,14 @@ class _LayerCheck:
         self._look_through(tensor, rows, first)
         return rows
 
-    def compare(self, original: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
-        """Add a tile's error."""
+    def compare(
+        self, original: torch.Tensor, stored: dict[str, torch.Tensor], start: int, folds: Iterable[FoldRecord]
+    ) -> None:
+        """Add the error of a tile of rows from `start` on, what folds did to it undone."""
         layer = self.layer
         shape = (original.shape[0], layer.shape[1])
         restored = decode(layer.format.decode(layer.name, stored, layer.scheme, shape))
+        restored = unscaled(restored, f"{layer.name}.weight", folds, start)
         exact = original.to(torch.float32)
         self._squared_error += _sum(restored.sub_(exact).square_())
         self._squared_norm += _sum(exact.square_() if exact is not original else exact.square())

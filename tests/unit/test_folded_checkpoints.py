@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fewbits
 from fewbits import AWQ, GPTQ, Int8Symmetric, PlanError, QuantConfig, SmoothQuant
@@ -64,12 +64,33 @@ def test_norms_and_linears_that_took_scales_up_are_recorded(tmp_path: Path) -> N
     manifest = json.loads((tmp_path / "out" / "fewbits.json").read_text())
     before, after = stored(model), stored(tmp_path / "out")
     changed = {name for name in before if name in after and not torch.equal(before[name], after[name])}
-    assert changed and changed < set(manifest["folded"])
+    assert changed and changed < {name for fold in manifest["folds"] for name in fold["tensors"]}
     assert all(name.endswith("layernorm.weight") for name in changed)
     assert manifest["folds"] == list(report.folds)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [("llama", AWQ(16)), ("llama", AWQ(16, "gptq")), ("qwen2", SmoothQuant(0.5)), ("gemma3", AWQ(16)), ("opt", AWQ(16)),
+     ("phi3", SmoothQuant("auto")), ("mixtral", AWQ(16))],
+    ids=str,
+)  # fmt: skip
+def test_every_layer_is_held_against_the_source_whatever_was_rescaled(
+    tmp_path: Path, architecture: str, method: QuantMethod
+) -> None:
+    model = save_tiny(tmp_path / "model", architecture)
+    report = quantized(model, tmp_path / "out", method)
     checked = fewbits.verify(tmp_path / "out", model)
-    assert checked.ok
-    assert "were rescaled by a fold" in checked.unchecked[0]
+    assert checked.problems == () and checked.unchecked == ()
+    assert {layer.name for layer in checked.layers} == {layer.name for layer in report.layers}
+    assert report.folds
+    # Another model of the same shapes: every layer and every rescaled tensor is found to be another's.
+    weights = {name: (tensor.float() * 1.25).to(tensor.dtype) for name, tensor in stored(model).items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    found = {problem.where for problem in fewbits.verify(tmp_path / "out", model).problems}
+    assert {layer.name for layer in report.layers} < found
+    kept = set(stored(tmp_path / "out"))
+    assert {name for fold in report.folds for name in fold["tensors"]} & kept <= found
 
 
 def test_errors_are_those_of_the_weights_that_count(tmp_path: Path) -> None:
@@ -170,8 +191,6 @@ def test_experts_that_no_token_reached_are_rounded(tmp_path: Path) -> None:
         if name.endswith("gate.weight"):
             weights[name][1:3] = weights[name][0]  # ties go to the first
             weights[name][3] = 2 * weights[name][0]
-    from safetensors.torch import save_file
-
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     report = quantized(model, tmp_path / "out", AWQ(16))
     assert fewbits.verify(tmp_path / "out", model).ok

@@ -53,7 +53,7 @@ class Smoothing:
         sample: torch.Tensor,
     ) -> list[torch.Tensor | None]:
         by_row = torch.exp(torch.randn(4096, generator=self.generator))
-        s = absorb(place, torch.where(place.fold.rows >= 0, by_row[place.fold.rows], 1.0), self.edits)
+        s = absorb(place, torch.where(place.fold.rows >= 0, by_row[place.fold.rows], 1.0), self.edits).inputs
         assert float((s / s[0] - 1).abs().max()) > 0.1
         for layer in layers:
             stored = self.edits.stored(layer.tensor)

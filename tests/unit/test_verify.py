@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fewbits import verify_data
 from fewbits.errors import CheckpointError
+from fewbits.fold_records import FoldRecord
 from fewbits.methods import GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod
 from fewbits.notes import Note
 from fewbits.verify import VerifyReport, verify
@@ -251,7 +252,8 @@ def test_a_method_unlike_the_recorded_one_is_found(quantized: Path) -> None:
     "content",
     ["", "{", "[]", "null", '{"version": 99}', '{"version": 1}', '{"version": 1, "tensors": {"a": "b"}, "layers": []}',
      '{"version": 1, "tensors": {}, "layers": [3]}', '{"version": 1, "tensors": {}, "layers": [{"name": 1}]}',
-     '{"version": 1, "tensors": {}, "layers": [], "folded": 3}', "[" * 100_000],
+     '{"version": 1, "tensors": {}, "layers": [], "folds": 3}',
+     '{"version": 1, "tensors": {}, "layers": [], "folds": [{"tensors": ["a"], "layers": []}]}', "[" * 100_000],
 )  # fmt: skip
 def test_a_garbled_manifest_is_a_problem_not_a_crash(quantized: Path, content: str) -> None:
     (quantized / "fewbits.json").write_text(content)
@@ -315,10 +317,41 @@ def test_what_a_fold_rescaled_is_not_held_against_the_source(tmp_path: Path, sou
     folded[weight] = folded[weight] * 2
     write_quantized(tmp_path / "out", folded, MIXED)
     assert {problem.where for problem in verify(tmp_path / "out", source).problems} >= {norm}
-    edit_json(tmp_path / "out", "fewbits.json", lambda manifest: manifest.update(folded=[norm, weight]))
+    fold = FoldRecord({norm: torch.full((64,), 2.0)}, (weight,), torch.full((64,), 2.0), 0.0)
+    edit_json(tmp_path / "out", "fewbits.json", lambda manifest: manifest.update(folds=[fold.to_dict()]))
     report = verify(tmp_path / "out", source)
     assert report.ok, shown(report)
-    assert report.unchecked == ("2 tensors were rescaled by a fold: they differ from the source on purpose",)
+    assert report.unchecked == ()
+    assert "model.layers.0.self_attn.q_proj" in [layer.name for layer in report.layers]
+
+
+@pytest.mark.parametrize(
+    ("divided_by", "multiplied_by", "found"),
+    [
+        (2.0, 2.5, "q_proj: found relative error 0.2"),
+        (2.5, 2.0, "values are not the source's divided by the fold's scales, first at [0]"),
+    ],
+)
+def test_a_fold_with_other_scales_than_the_files_took_up_is_found(
+    tmp_path: Path, source: Path, divided_by: float, multiplied_by: float, found: str
+) -> None:
+    folded = random_model()
+    norm, weight = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"
+    folded[norm] = folded[norm] / 2
+    folded[weight] = folded[weight] * 2
+    write_quantized(tmp_path / "out", folded, MIXED)
+    fold = FoldRecord({norm: torch.full((64,), divided_by)}, (weight,), torch.full((64,), multiplied_by), 0.0)
+    edit_json(tmp_path / "out", "fewbits.json", lambda manifest: manifest.update(folds=[fold.to_dict()]))
+    assert found in shown(verify(tmp_path / "out", source))
+
+
+def test_scales_of_a_fold_that_do_not_fit_are_a_problem(quantized: Path, source: Path) -> None:
+    norm, weight = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"
+    fold = FoldRecord({norm: torch.ones(63)}, (weight,), torch.ones(65), 0.0)
+    edit_json(quantized, "fewbits.json", lambda manifest: manifest.update(folds=[fold.to_dict()]))
+    found = shown(verify(quantized, source))
+    assert f"{norm}: found 63 scales of a fold for shape [64] in fewbits.json" in found
+    assert f"{weight}: found 65 scales of a fold for shape" in found
 
 
 def test_an_all_zero_weight_has_no_error(tmp_path: Path) -> None:
