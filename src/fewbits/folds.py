@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fewbits.probing import Place, ProbedBlock, Seen
@@ -24,6 +25,8 @@ TOLERANCE = 1e-4
 # … and by what rounding in fp32 does to what passes it by.
 ROUNDING = 2e-6
 PROBE_RANGE = (1.25, 5.0)
+# Rows of linears are told apart by powers of two, which scale their sums without rounding anything.
+PROBE_POWERS = torch.tensor([power for power in range(-32, 33) if power != 0])
 PROOF_RANGE = (0.25, 4.0)
 SEED = 0
 
@@ -165,40 +168,61 @@ def _probe(probed: ProbedBlock, family: list[_Search]) -> None:
         open_searches = [search for search in family if search.fold is None and turn < len(search.candidates)]
         if not open_searches:
             return
-        factors = []
-        for number, search in enumerate(open_searches):
-            candidate = search.candidates[turn]
-            factors.append(_distinct_factors(len(candidate.rows), number))
-            scattered = torch.ones(len(probed.rows_of(candidate.slot)))
-            scattered[candidate.rows] = factors[-1]
-            probed.scale_rows(candidate.slot, scattered, candidate.norm_offset or 0.0)
-        probed.run()
-        after = dict(probed.inputs)
-        probed.reset()
-        for search, tried in zip(open_searches, factors, strict=True):
-            candidate = search.candidates[turn]
-            now = after.get(search.seen.place)
-            if now is None or now.inputs.shape != search.seen.inputs.shape:
+        candidates = [search.candidates[turn] for search in open_searches]
+        tries = [(candidate, _factors(candidate, number)) for number, candidate in enumerate(candidates)]
+        after = [_inputs_after(probed, tries, run) for run in range(max(len(factors) for _, factors in tries))]
+        for search, (candidate, tried) in zip(open_searches, tries, strict=True):
+            now = [seen[search.seen.place].inputs.cpu() for seen in after[: len(tried)] if search.seen.place in seen]
+            if len(now) < len(tried) or any(inputs.shape != search.seen.inputs.shape for inputs in now):
                 continue
-            followed = followed_rows(search.seen.inputs.cpu(), now.inputs.cpu(), tried)
+            followed = followed_rows(search.seen.inputs.cpu(), now, tried)
             if followed is not None:
                 rows = torch.where(followed >= 0, candidate.rows[followed.clamp_min(0)], followed)
                 bias = probed.bias_of(candidate.slot.parameter)
                 search.fold = Fold(candidate.slot, candidate.norm_offset, bias, rows, search.slots)
 
 
-def _distinct_factors(count: int, seed: int) -> torch.Tensor:
-    """As many factors as rows, no two alike, none near 1, in no order."""
-    low, high = (math.log(bound) for bound in PROBE_RANGE)
-    steps = (torch.randperm(count, generator=torch.Generator().manual_seed(SEED + seed)) + 0.5) / count
-    return torch.exp(low + (high - low) * steps)
+def _inputs_after(
+    probed: ProbedBlock, tries: Sequence[tuple[_Candidate, Sequence[torch.Tensor]]], run: int
+) -> dict[Place, Seen]:
+    """What enters the matrices when the rows of candidates are multiplied by their factors for a run."""
+    for candidate, factors in tries:
+        if run >= len(factors):
+            continue
+        scattered = torch.ones(len(probed.rows_of(candidate.slot)))
+        scattered[candidate.rows] = factors[run]
+        probed.scale_rows(candidate.slot, scattered, candidate.norm_offset or 0.0)
+    probed.run()
+    inputs = dict(probed.inputs)
+    probed.reset()
+    return inputs
 
 
-def followed_rows(before: torch.Tensor, after: torch.Tensor, factors: torch.Tensor) -> torch.Tensor | None:
-    """Which row's factor each channel was multiplied by, the same at every token; −1 for channels that are all zero.
+def _factors(candidate: _Candidate, seed: int) -> list[torch.Tensor]:
+    """Factors of a candidate's rows for each run, none near 1; no two rows have the same in all runs.
+
+    A row whose sum nearly cancels is rounded otherwise when it is scaled, and may be all that a channel sees: by 3e-5
+    seen on SmolLM2-135M, where every token looks at the first one's value. So rows of linears get powers of two, digits
+    of the row's number, in as many runs as it has digits. A norm's rows are no sums: one run tells them apart.
+    """
+    count = len(candidate.rows)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED + seed))
+    if candidate.norm_offset is not None:
+        low, high = (math.log(bound) for bound in PROBE_RANGE)
+        return [torch.exp(low + (high - low) * (order + 0.5) / count)]
+    digits = [order % len(PROBE_POWERS)]
+    while (order := order // len(PROBE_POWERS)).any():
+        digits.append(order % len(PROBE_POWERS))
+    return [PROBE_POWERS[digit].float().exp2() for digit in digits]
+
+
+def followed_rows(
+    before: torch.Tensor, after: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """Which row's factors each channel was multiplied by, the same at every token; −1 for channels that are all zero.
 
     Args:
-        before, after: the input [tokens, in]. factors: of the rows, distinct.
+        before: the input [tokens, in]; after: in each run. factors: of the rows in each run, distinct taken together.
 
     Returns:
         int64 [in], or None if some channel follows no row.
@@ -207,23 +231,36 @@ def followed_rows(before: torch.Tensor, after: torch.Tensor, factors: torch.Tens
     alive = size > 0
     if not bool(alive.any()):
         return None
-    unit = before / size.clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = after / size.clamp_min(torch.finfo(torch.float32).tiny)
-    ratio = (unit * scaled).sum(0) / unit.square().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    constant = (scaled - ratio * unit).abs().amax(0) <= TOLERANCE * ratio.abs()
-    values, order = factors.sort()
-    place = torch.searchsorted(values, ratio.contiguous()).clamp(1, max(len(values) - 1, 1))
-    if len(values) == 1:
-        nearest = torch.zeros_like(place)
-    else:
-        left = ratio - values[place - 1] < values[place] - ratio
-        nearest = torch.where(left, place - 1, place)
-    # Half the distance of neighbours apart, where rows are many.
-    near = min(TOLERANCE, 0.45 * math.log(PROBE_RANGE[1] / PROBE_RANGE[0]) / len(values))
-    follows = constant & ((ratio / values[nearest] - 1).abs() <= near)
+    follows = alive
+    found = torch.zeros(before.shape[1], dtype=torch.int64)
+    expected = torch.zeros(len(factors[0]), dtype=torch.int64)
+    for now, tried in zip(after, factors, strict=True):
+        levels = torch.from_numpy(np.unique(tried.numpy()))
+        nearest, near = _nearest_levels(before, now, size, levels)
+        follows = follows & near
+        found = found * len(levels) + nearest
+        expected = expected * len(levels) + torch.searchsorted(levels, tried)
+    numbers, order = expected.sort()
+    place = torch.searchsorted(numbers, found).clamp_max(len(numbers) - 1)
+    follows = follows & (numbers[place] == found)
     if not bool(follows[alive].all()):
         return None
-    return torch.where(alive, order[nearest], -1)
+    return torch.where(alive, order[place], -1)
+
+
+def _nearest_levels(
+    before: torch.Tensor, after: torch.Tensor, size: torch.Tensor, levels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each channel the level, of ascending ones, nearest to what it was multiplied by; and whether it is near."""
+    unit, scaled = (values / size.clamp_min(torch.finfo(torch.float32).tiny) for values in (before, after))
+    ratio = (unit * scaled).sum(0) / unit.square().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+    constant = (scaled - ratio * unit).abs().amax(0) <= TOLERANCE * ratio.abs()
+    right = torch.searchsorted(levels, ratio.contiguous()).clamp_max(len(levels) - 1)
+    left = (right - 1).clamp_min(0)
+    nearest = torch.where((ratio - levels[left]).abs() < (levels[right] - ratio).abs(), left, right)
+    # Less than half the distance of neighbours apart, where rows are many.
+    apart = float((levels[1:] / levels[:-1]).min()) - 1 if len(levels) > 1 else math.inf
+    return nearest, constant & ((ratio / levels[nearest] - 1).abs() <= min(TOLERANCE, 0.45 * apart))
 
 
 def _prove(probed: ProbedBlock, folds: list[Fold], output: torch.Tensor) -> tuple[list[Fold], list[Fold]]:

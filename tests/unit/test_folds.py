@@ -137,8 +137,12 @@ def nothing(x: torch.Tensor) -> float:
     return 0.0
 
 
+def found_in_input() -> torch.Tensor:
+    return torch.randn(2, 80, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
 def found_in(block: nn.Module, groups: Sequence[tuple[Slot, ...]] = ()) -> tuple[list[Fold], list[Refused]]:
-    x = torch.randn(2, 80, WIDTH, generator=torch.Generator().manual_seed(1))
+    x = found_in_input()
     with (
         torch.no_grad(),
         ProbedBlock(block, lambda arguments: block(*arguments[0], **arguments[1]), ((x,), {})) as probed,
@@ -181,6 +185,20 @@ def test_the_kind_of_a_norm_shows_even_where_its_weights_are_plain(offset: float
 def test_a_norm_of_neither_kind_is_refused() -> None:
     folds, _ = found_in(Block(Norm(torch.full((WIDTH,), 0.3), 0.5), torch.relu, nothing))
     assert [fold.producer.parameter for fold in folds] == ["up.weight"]
+
+
+def test_a_row_whose_sum_nearly_cancels_is_followed_all_the_same() -> None:
+    """All tokens look at the first one, where this row's sum is a thousandth of its terms: fp32 leaves it 4 digits."""
+    norm = Norm(torch.ones(WIDTH))
+    block = Block(norm, lambda up: up[:, :1].expand_as(up), nothing)
+    with torch.no_grad():
+        first = norm(found_in_input()[:1, :1])[0, 0]
+        row = block.up.weight[3]
+        row -= (1 - 1e-4) * (row @ first) / (first @ first) * first
+        block.up.bias[3] = 0.0
+    folds, refused = found_in(block)
+    assert refused == []
+    assert folds[1].rows.tolist() == list(range(2 * WIDTH))
 
 
 def test_channels_that_are_always_zero_are_left_out() -> None:
