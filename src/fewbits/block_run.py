@@ -273,11 +273,21 @@ class BlockRun:
         self._timings.statistics_s += time.perf_counter() - before
         layers = self._layers_of(group)
         if not torch.isfinite(statistics.absmax).all():
-            names = self._skeleton.block_names
-            last = f"; the last good block is {names[self._index - 1]}" if self._index else ""
-            raise CalibrationError(f"The input of {layers[0].name} has NaN or infinite values{last}.")
+            raise self._not_finite(layers[0], statistics)
         self._solve_slots(group.slots, layers, statistics, group)
         group.solved, group.sample = True, None
+
+    def _not_finite(self, layer: LinearLayer, statistics: Statistics) -> CalibrationError:
+        """What to say of an input that no statistic can be taken of, and where it may come from."""
+        names, wrong = self._skeleton.block_names, ~torch.isfinite(statistics.absmax)
+        found = f"{int(wrong.sum())} of its {len(wrong)} channels, the first is {int(wrong.nonzero()[0])}"
+        last = f"; the last good block is {names[self._index - 1]}" if self._index else ""
+        parameters = self._skeleton.blocks[self._index].named_parameters()
+        faulty = [name for name, parameter in parameters if not bool(torch.isfinite(parameter).all())]
+        hint = "the block's weights are finite, so its numbers overflow: int8, int4 and fp8 run no forward"
+        if faulty:
+            hint = f"{names[self._index]}.{faulty[0]} holds NaN or infinite values: fetch the checkpoint again"
+        return CalibrationError(f"The input of {layer.name} has NaN or infinite values in {found}{last}.", hint)
 
     def _solve_slots(self, slots: list[Slot], layers: list[LinearLayer], statistics: Statistics, group: _Group) -> None:
         before = time.perf_counter()

@@ -86,7 +86,9 @@ def find_folds(probed: ProbedBlock, groups: Sequence[tuple[Slot, ...]]) -> tuple
         _probe(probed, family)
         for search in family:
             if search.fold is None:
-                refused.append(Refused(search.slots, "nothing before it can take its scales up"))
+                zero = not bool(search.seen.inputs.any())
+                why = "its input is zero at every token" if zero else "nothing before it can take its scales up"
+                refused.append(Refused(search.slots, why))
             else:
                 found.append(search.fold)
     proven, failed = _prove(probed, found, output)

@@ -213,6 +213,11 @@ def test_channels_that_are_always_zero_are_left_out() -> None:
     assert folds[1].rows[[0, 1, 31]].tolist() == [0, 1, 31]
 
 
+def test_an_input_that_is_always_zero_is_refused_as_such() -> None:
+    _, refused = found_in(Block(Norm(torch.zeros(WIDTH)), torch.relu, nothing), [(Slot("up.weight"),)])
+    assert [refusal.why for refusal in refused] == ["its input is zero at every token"]
+
+
 def test_a_block_where_nothing_can_be_folded_says_so_for_each_input() -> None:
     folds, refused = found_in(Block(Norm(torch.ones(WIDTH)), silu, lambda normal: normal))
     assert folds == []
