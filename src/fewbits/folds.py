@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ def find_folds(probed: ProbedBlock, groups: Sequence[tuple[Slot, ...]]) -> tuple
         probed: the block. groups: the slots of each input, in the order in which the forward meets them.
     """
     output = probed.run()
-    seen, norms = dict(probed.inputs), dict(probed.norm_outputs)
+    seen, norms, norm_rows = dict(probed.inputs), dict(probed.norm_outputs), dict(probed.norm_rows)
     found: list[Fold] = []
     refused: list[Refused] = []
     searched: dict[tuple[str, ...], list[_Search]] = {}
@@ -86,14 +86,22 @@ def find_folds(probed: ProbedBlock, groups: Sequence[tuple[Slot, ...]]) -> tuple
         _probe(probed, family)
         for search in family:
             if search.fold is None:
-                zero = not bool(search.seen.inputs.any())
-                why = "its input is zero at every token" if zero else "nothing before it can take its scales up"
-                refused.append(Refused(search.slots, why))
+                refused.append(Refused(search.slots, _why_none(search.seen.inputs, norm_rows)))
             else:
                 found.append(search.fold)
     proven, failed = _prove(probed, found, output)
     refused += [Refused(fold.consumers, _why_failed(fold)) for fold in failed]
     return proven, refused
+
+
+def _why_none(inputs: torch.Tensor, norm_rows: Mapping[str, torch.Tensor]) -> str:
+    """Why an input has no producer that could take scales up, as far as can be seen."""
+    if not bool(inputs.any()):
+        return "its input is zero at every token"
+    for norm, rows in norm_rows.items():
+        if rows.shape[1] == inputs.shape[1] and bool((rows == inputs[0]).all(1).any()):
+            return f"it sees a choice of the tokens of {norm}, which others read as well"
+    return "nothing before it can take its scales up"
 
 
 def _why_failed(fold: Fold) -> str:

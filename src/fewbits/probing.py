@@ -47,6 +47,9 @@ class ProbedBlock:
     Args:
         block: with its weights. run: calls the block's own forward with the given arguments.
         arguments: what the block is called with; only the first tokens of the first sample are used.
+
+    inputs: what entered each matrix in the last run. norm_outputs: norms by the identity of what they returned;
+    norm_rows: what they returned [tokens, width].
     """
 
     def __init__(self, block: nn.Module, run: Callable[[Arguments], Any], arguments: Arguments) -> None:
@@ -59,6 +62,7 @@ class ProbedBlock:
         self._alive: list[torch.Tensor] = []
         self.inputs: dict[Place, Seen] = {}
         self.norm_outputs: dict[Identity, str] = {}
+        self.norm_rows: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> ProbedBlock:
         for name, child in self._block.named_modules():
@@ -98,7 +102,7 @@ class ProbedBlock:
 
     def run(self) -> torch.Tensor:
         """Run the block as its parameters stand; returns its hidden states, and leaves what entered each matrix."""
-        self.inputs, self.norm_outputs = {}, {}
+        self.inputs, self.norm_outputs, self.norm_rows = {}, {}, {}
         self._alive.clear()
         return hidden_of(self._call(self._arguments))
 
@@ -150,6 +154,7 @@ class ProbedBlock:
             if isinstance(output, torch.Tensor):
                 self._alive.append(output)
                 self.norm_outputs[identity(output)] = parameter
+                self.norm_rows[parameter] = output.reshape(-1, output.shape[-1])
 
         return hook
 

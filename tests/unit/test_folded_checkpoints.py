@@ -195,6 +195,17 @@ def test_inputs_that_are_not_finite_are_traced_to_a_weight_if_one_is_to_blame(
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_say_that_their_norm_has_other_readers(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3_moe")
+    report = quantized(model, tmp_path / "out", AWQ(16), importance="none")
+    assert [(note.layer, note.why) for note in report.notes if "not scaled" in note.what] == [
+        (
+            "model.layers.0.mlp.experts.0.gate_proj",
+            "it sees a choice of the tokens of post_attention_layernorm.weight, which others read as well",
+        )
+    ]
+
+
 def test_strict_makes_a_missing_fold_an_error(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", "olmo2")
     with pytest.raises(PlanError, match=r"strict: model.layers.0.self_attn.q_proj: its input channels are not scaled"):
