@@ -47,7 +47,6 @@ def test_quantize_says_in_json_what_it_did(cli: Cli, model: Path) -> None:
             "config",
             "elapsed_s",
             "fewbits",
-            "folded",
             "folds",
             "format",
             "layers",
