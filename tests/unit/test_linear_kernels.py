@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from fewbits.errors import KernelError
 from fewbits.kernels import choose as choosing
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
+from fewbits.kernels.int8_dynamic import Int8Tiles
 from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
 from fewbits.kernels.tiles import Tiles
 from fewbits.schemes import Scheme
@@ -81,6 +84,17 @@ def test_w8a8_equals_integer_arithmetic(rows: int, columns: int, dtype: torch.dt
             assert torch.equal(kernel.prepare(case.weight, case.bias)(x), expected), (kernel.name, tokens)
 
 
+@pytest.mark.skipif("byte_products" not in CPU.features, reason="no products of bytes on this processor")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_tiles_of_every_shape(dtype: torch.dtype) -> None:
+    """All numbers of tokens a tile has, several tiles, rows that fill no block, inputs that fill none or several."""
+    for rows, columns in ((50, 96), (7, 2308), (1, 4), (97, 68)):
+        case = make(W8A8, rows, columns)
+        for tokens in (1, 16, 17, 40, 64, 130):
+            x = activations(tokens, columns, dtype)
+            assert torch.equal(Int8Tiles().prepare(case.weight, case.bias)(x), int8_product(case, x)), (rows, tokens)
+
+
 @pytest.mark.skipif("bf16_products" not in CPU.features, reason="no bf16 products on this processor")
 @pytest.mark.parametrize("group", [0, 32, 96, 1152])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -137,14 +151,23 @@ def test_the_choice_by_tokens_and_processor() -> None:
     assert choose(spec(int4, 1024)).name == "panels"
     products = frozenset({"numba", "bf16_products"})
     matrices = Machine(products | {"bf16_matrices"})
-    assert choose(spec(int4, 8, machine=Machine(products))).name == "decode in registers"
-    assert choose(spec(int4, 9, machine=Machine(products))).name == "tiles"
+    assert choose(spec(int4, 4, machine=Machine(products))).name == "decode in registers"
+    assert choose(spec(int4, 5, machine=Machine(products))).name == "tiles"
     assert choose(spec(int4, 1024, machine=Machine(products))).name == "tiles"
     assert choose(spec(int4, 1024, machine=matrices)).name == "panels"
     assert choose(spec(int4, 1024, machine=Machine(products), dtype=torch.float16)).name == "panels"
     assert choose(spec(W8A8, 1)).name == "int8 dot products"
     assert choose(spec(W8A8, 1024)).name == "oneDNN int8"
     assert choose(spec(W8A8, 1024, machine=Machine(frozenset({"numba"})))).name == "int8 as fp32"
+    bytes_too = Machine(frozenset({"numba", "exact_u8s8", "byte_products"}))
+    small = LinearSpec(W8A8, 576, 576, 16, machine=bytes_too)
+    assert choose(replace(small, tokens=8)).name == "int8 dot products"
+    assert choose(small).name == "int8 tiles"
+    assert choose(replace(small, in_features=574)).name == "oneDNN int8"
+    assert choose(spec(W8A8, 1024, machine=bytes_too)).name == "oneDNN int8"
+    assert choose(spec(W8A8, 1024, machine=Machine(frozenset({"numba", "byte_products"})))).name == "int8 tiles"
+    amx = Machine(bytes_too.features | {"byte_matrices"})
+    assert choose(replace(small, tokens=64, machine=amx)).name == "oneDNN int8"
     assert choose(spec(int4, 1, machine=Machine())).name == "reference"
     assert choose(spec(int4, 1, dtype=torch.float64)).name == "reference"
 

@@ -8,7 +8,7 @@ from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
 from fewbits.kernels.tiles import Tiles
 
 # Above these, tiles are faster, or panels where tiles can't run; measured in bench/linear.py.
-MOST_BESIDE_TILES, MOST_BESIDE_PANELS = 8, 16
+MOST_BESIDE_TILES, MOST_BESIDE_PANELS = 4, 16
 # Inputs whose codes are decoded together.
 BLOCK = 128
 

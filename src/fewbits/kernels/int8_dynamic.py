@@ -6,11 +6,14 @@ import torch
 
 from fewbits.kernels.activations import round_tokens
 from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
+from fewbits.kernels.tiles import MOST_BESIDE_MATRICES
 from fewbits.schemes import Scheme
 
-# Above these, oneDNN's blocked products are faster, but for layers so small that calling it takes longer than so many
-# products do here; measured in bench/linear.py.
-MOST_TOKENS, MOST_PRODUCTS = 2, 2**24
+# Above these many tokens, tiles or oneDNN's blocked products are faster: of small weights, and of larger ones.
+MOST_TOKENS_SMALL, MOST_TOKENS, SMALL = 8, 2, 2**22
+# Above so many weights, oneDNN's copy of them, laid out for the processor, comes from memory faster. All measured in
+# bench/linear.py.
+MOST_WEIGHTS = 2**21
 # 127 · 127 · this many products stay below 2^24, where fp32 sums of integers are exact.
 EXACT_IN_FP32 = 1024
 
@@ -33,16 +36,41 @@ class Int8FewTokens:
             return "multiplies int8 per channel with int8 per token only"
         if (reason := not_compiled(spec)) is not None:
             return reason
-        if spec.tokens > max(MOST_TOKENS, MOST_PRODUCTS // (spec.in_features * spec.out_features)):
-            return (
-                f"slower than oneDNN above {MOST_TOKENS} tokens, and above 2^{MOST_PRODUCTS.bit_length() - 1} products"
-            )
+        most = MOST_TOKENS_SMALL if spec.in_features * spec.out_features <= SMALL else MOST_TOKENS
+        if spec.tokens > most:
+            return f"slower than int8 tiles and oneDNN above {most} tokens"
         return None
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
         from fewbits.kernels.int8_run import FewTokensInt8
 
         return FewTokensInt8(weight, bias)
+
+
+class Int8Tiles:
+    """Compiled products over the codes as files hold them, in tiles of sums that stay in registers."""
+
+    name = "int8 tiles"
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        if not is_int8_dynamic(spec.scheme):
+            return "multiplies int8 per channel with int8 per token only"
+        if (reason := not_compiled(spec)) is not None:
+            return reason
+        if "byte_products" not in spec.machine.features:
+            return "needs a processor with products of bytes (AVX-512 VNNI)"
+        if spec.in_features % 4:
+            return f"takes inputs by fours, not {spec.in_features}"
+        if "exact_u8s8" in spec.machine.features and spec.in_features * spec.out_features > MOST_WEIGHTS:
+            return f"slower than oneDNN above 2^{MOST_WEIGHTS.bit_length() - 1} weights"
+        if "byte_matrices" in spec.machine.features and spec.tokens > MOST_BESIDE_MATRICES:
+            return f"slower above {MOST_BESIDE_MATRICES} tokens than oneDNN, which uses matrix units"
+        return None
+
+    def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
+        from fewbits.kernels.int8_run import ByteTiles
+
+        return ByteTiles(weight, bias)
 
 
 class OneDnnInt8:

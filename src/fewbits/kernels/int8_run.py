@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 
 from fewbits.kernels import dot_bytes, scale_sums
+from fewbits.kernels import tile_rows as rows
+from fewbits.kernels import token_words as words
 from fewbits.kernels import tokens as tokens_work
+from fewbits.kernels.byte_tiles import byte_tiles
 from fewbits.kernels.compiled_linear import CompiledLinear
+from fewbits.kernels.lanes import LANES
 from fewbits.kernels.onednn import onednn_sums
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Program, Work, team_size
+from fewbits.kernels.tile_sums import BLOCK_ROWS, tile_vectors
+from fewbits.kernels.token_tiles_run import token_scales
 from fewbits.kernels.tokens_run import STORED, int8_step, int8_tokens
 
 
@@ -45,6 +51,50 @@ class FewTokensInt8(CompiledLinear):
             dot_bytes.OUT_AT: out.data_ptr(), dot_bytes.OUT_KIND: STORED[out.dtype],
         })  # fmt: skip
         return Steps((int8_step(x, codes, scales), multiply), (codes, scales), tokens_work.X_AT, dot_bytes.OUT_AT)
+
+
+class ByteTiles(CompiledLinear):
+    """y = x Ŵᵀ + b by tiles of sums in registers; inputs come by fours."""
+
+    def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
+        super().__init__(*weight.shape)
+        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+        wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
+        # What activations as code + 128 make too much.
+        begin = codes.sum(1, dtype=torch.int32) * -128
+        self._kept = (codes, scales, wide_bias, begin)
+        self._width = self._in // 4
+        self._fields = {
+            rows.CODES_AT: codes.data_ptr(),
+            rows.ROW_BYTES: self._in,
+            rows.WORDS_OF_ROW: self._width,
+            rows.SCALES_AT: scales.data_ptr(),
+            rows.SCALE_KIND: STORED[scales.dtype],
+            rows.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
+            rows.SUMS_BEGIN_AT: begin.data_ptr(),
+        }
+        self._works: dict[int, Work] = {}
+        self._arrange = Work(words.token_words(), {words.WIDTH: self._width})
+
+    def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
+        """Round the activations, arrange them, multiply."""
+        tokens = x.shape[0]
+        vectors = tile_vectors(tokens)
+        if vectors not in self._works:
+            self._works[vectors] = Work(byte_tiles(vectors), self._fields, multiple=BLOCK_ROWS)
+        lanes = LANES * vectors
+        codes, scales = torch.empty(x.shape, dtype=torch.uint8), token_scales(tokens)
+        arranged = torch.empty((-(-tokens // lanes), self._width, lanes), dtype=torch.int32)
+        arrange = self._arrange.step(words.runs_of(tokens, lanes, self._width), {
+            words.X_AT: codes.data_ptr(), words.TOKENS: tokens, words.LANES_OF_TILE: lanes,
+            words.OUT_AT: arranged.data_ptr(),
+        })  # fmt: skip
+        multiply = self._works[vectors].step(self._out, {
+            rows.X_AT: arranged.data_ptr(), rows.TOKENS: tokens, rows.X_SCALES_AT: scales.data_ptr(),
+            rows.OUT_AT: out.data_ptr(), rows.OUT_KIND: STORED[out.dtype],
+        })  # fmt: skip
+        blocks = (int8_step(x, codes, scales), arrange, multiply)
+        return Steps(blocks, (codes, scales, arranged), tokens_work.X_AT, rows.OUT_AT)
 
 
 class OneDnnInt8Run:

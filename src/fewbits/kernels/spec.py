@@ -24,8 +24,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Machine:
     """What a device can do, as far as kernels care.
 
-    features: "numba", "triton", "exact_u8s8" (oneDNN sums int8 products without saturation), "bf16_products" and
-        "bf16_matrices" (instructions that compiled kernels have for bf16, and that oneDNN has besides).
+    features: "numba", "triton", "exact_u8s8" (oneDNN sums int8 products without saturation), "bf16_products",
+        "byte_products" (instructions that compiled kernels have), "bf16_matrices" and "byte_matrices" (which oneDNN
+        has besides).
     capability: compute capability of a CUDA device, None elsewhere.
     """
 
@@ -119,10 +120,13 @@ def not_compiled(spec: LinearSpec) -> str | None:
     return None
 
 
-def _bf16_instructions() -> set[str]:
+def _instructions() -> set[str]:
     from fewbits.kernels import lanes
 
-    found = {"bf16_products": lanes.HAS_BF16, "bf16_matrices": lanes.HAS_MATRIX_UNITS}
+    found = {
+        "bf16_products": lanes.HAS_BF16, "bf16_matrices": lanes.HAS_MATRIX_UNITS,
+        "byte_products": lanes.HAS_VNNI, "byte_matrices": lanes.HAS_BYTE_MATRICES,
+    }  # fmt: skip
     return {name for name, there in found.items() if there}
 
 
@@ -134,5 +138,5 @@ def machine_of(device: torch.device) -> Machine:
         return Machine(frozenset(features), torch.cuda.get_device_capability(device))
     if device.type == "cpu":
         features |= {"exact_u8s8"} if onednn_is_exact() else set()
-        features |= _bf16_instructions() if "numba" in features else set()
+        features |= _instructions() if "numba" in features else set()
     return Machine(frozenset(features))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fewbits.kernels import token_pairs as pairs
+from fewbits.kernels import tile_rows as rows
 from fewbits.kernels import token_tiles as tiles
+from fewbits.kernels import token_words as words
 from fewbits.kernels import tokens as rounding
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decode_vectors import vector_bytes
@@ -13,7 +14,13 @@ from fewbits.kernels.decoders import FP8, INT8
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Work
+from fewbits.kernels.tile_sums import BLOCK_ROWS, tile_vectors
 from fewbits.kernels.tokens_run import STORED, fp8_step
+
+
+def token_scales(tokens: int) -> torch.Tensor:
+    """Room for a scale a token, of which vectors are read."""
+    return torch.empty((-(-tokens // LANES) * LANES, 1))
 
 
 class TokenTiles(CompiledLinear):
@@ -28,43 +35,45 @@ class TokenTiles(CompiledLinear):
         self._rounds_tokens = scheme.activations is not None
         self._kept = (codes, scales, zeros, wide_bias)
         self._kind = FP8 if scheme.kind == "float" else INT8 if scheme.bits == 8 else str(scheme.bits)
+        groups = scheme.groups(self._in)
         self._fields = {
-            tiles.CODES_AT: codes.data_ptr(),
-            tiles.ROW_BYTES: codes.stride(0) * codes.element_size(),
+            rows.CODES_AT: codes.data_ptr(),
+            rows.ROW_BYTES: codes.stride(0) * codes.element_size(),
+            rows.WORDS_OF_ROW: self._in // 2,
+            rows.SCALES_AT: scales.data_ptr() if groups == 1 else 0,
+            rows.SCALE_KIND: STORED[scales.dtype],
+            rows.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
             tiles.VECTOR_BYTES: vector_bytes(self._kind),
-            tiles.COLUMNS: self._in,
-            tiles.GROUPS: scheme.groups(self._in),
-            tiles.SCALES_AT: scales.data_ptr(),
-            tiles.SCALE_KIND: STORED[scales.dtype],
+            tiles.GROUPS: groups,
+            tiles.GROUP_SCALES_AT: 0 if groups == 1 else scales.data_ptr(),
             tiles.ZEROS_AT: 0 if zeros is None else zeros.data_ptr(),
             tiles.SIGNED_ZEROS: int(scheme.bits == 8),
             tiles.MIDPOINT: scheme.midpoint if scheme.bits < 8 else 0,
-            tiles.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
         }
         self._works: dict[int, Work] = {}
-        self._arrange = Work(pairs.token_pairs(), {pairs.COLUMNS: self._in})
+        self._arrange = Work(words.token_words(), {words.WIDTH: self._in // 2})
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
         """Round the activations where the scheme says so, arrange them, multiply."""
         tokens = x.shape[0]
-        vectors = tiles.tile_vectors(tokens)
+        vectors = tile_vectors(tokens)
         if vectors not in self._works:
             compiled = tiles.token_tiles(f"{self._kind}:0:f32", vectors)
-            self._works[vectors] = Work(compiled, self._fields, multiple=tiles.TILE // vectors)
+            self._works[vectors] = Work(compiled, self._fields, multiple=BLOCK_ROWS)
         lanes = LANES * vectors
         values, scales, blocks = x, None, []
         if self._rounds_tokens:
-            values, scales = torch.empty_like(x), torch.empty((tokens, 1))
+            values, scales = torch.empty_like(x), token_scales(tokens)
             blocks.append(fp8_step(x, values, scales))
         arranged = torch.empty((-(-tokens // lanes), self._in, lanes), dtype=torch.bfloat16)
-        blocks.append(self._arrange.step(pairs.runs_of(tokens, lanes, self._in), {
-            pairs.X_AT: values.data_ptr(), pairs.TOKENS: tokens, pairs.LANES: lanes,
-            pairs.OUT_AT: arranged.data_ptr(),
+        blocks.append(self._arrange.step(words.runs_of(tokens, lanes, self._in // 2), {
+            words.X_AT: values.data_ptr(), words.TOKENS: tokens, words.LANES_OF_TILE: lanes,
+            words.OUT_AT: arranged.data_ptr(),
         }))  # fmt: skip
         blocks.append(self._works[vectors].step(self._out, {
-            tiles.X_AT: arranged.data_ptr(), tiles.TOKENS: tokens,
-            tiles.X_SCALES_AT: 0 if scales is None else scales.data_ptr(),
-            tiles.OUT_AT: out.data_ptr(),
+            rows.X_AT: arranged.data_ptr(), rows.TOKENS: tokens,
+            rows.X_SCALES_AT: 0 if scales is None else scales.data_ptr(),
+            rows.OUT_AT: out.data_ptr(), rows.OUT_KIND: STORED[out.dtype],
         }))  # fmt: skip
-        x_at = rounding.X_AT if self._rounds_tokens else pairs.X_AT
-        return Steps(tuple(blocks), (values, scales, arranged), x_at, tiles.OUT_AT)
+        x_at = rounding.X_AT if self._rounds_tokens else words.X_AT
+        return Steps(tuple(blocks), (values, scales, arranged), x_at, rows.OUT_AT)
