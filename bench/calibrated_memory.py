@@ -1,7 +1,7 @@
 """Peak memory of the calibrated pass on random Llama checkpoints made on the spot, by number of blocks and width.
 
 Usage: python bench/calibrated_memory.py [--blocks 4 8] [--width 3072] [--inner 8192] [--samples 64] [--length 512]
-       [--memory 200MB] [--importance none] [--folder DIR]
+       [--method gptq] [--memory 200MB] [--importance none] [--folder DIR]
 
 The pass runs in a process of its own. Its peak is VmHWM of /proc/<pid>/status, read until it ends: `ru_maxrss` would be
 inherited from the process that starts it.
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--method", default="gptq", choices=["gptq", "awq", "smoothquant"])
     parser.add_argument("--memory", default=None)
     parser.add_argument("--importance", default="none")
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
@@ -101,14 +102,15 @@ def main() -> None:
             source, out = Path(scratch) / "source", Path(scratch) / "out"
             parameters = make_checkpoint(source, blocks, args.width, args.inner, args.vocabulary)
             command = [
-                *COMMAND, "quantize", str(source), str(out), "-m", "gptq", "-g", "128", "--quiet",
+                *COMMAND, "quantize", str(source), str(out), "-m", args.method, "--quiet",
+                *([] if args.method == "smoothquant" else ["-g", "128"]),
                 "--calibration", f"{scratch}/ids.npy", "--samples", str(args.samples), "--length", str(args.length),
                 "--importance", args.importance, *([] if args.memory is None else ["--memory", args.memory]),
             ]  # fmt: skip
             seconds, peak = peak_of(command)
             row = {
                 "bench": "calibrated_memory", "blocks": blocks, "width": args.width, "inner": args.inner,
-                "parameters": parameters, "samples": args.samples, "length": args.length,
+                "parameters": parameters, "method": args.method, "samples": args.samples, "length": args.length,
                 "importance": args.importance, "memory": args.memory, "peak_mib": round(peak / 2**20),
                 "seconds": round(seconds, 1),
             }  # fmt: skip

@@ -20,6 +20,7 @@ from fewbits.layers import LinearLayer, block_index, find_layers, fusion_groups
 from fewbits.layout import OutputTensor, Shard
 from fewbits.methods import QuantMethod
 from fewbits.notes import Note
+from fewbits.pass_memory import CalibrationSize, pass_bytes
 from fewbits.patterns import Overrides, nearest_layer
 from fewbits.schemes import Scheme
 
@@ -59,6 +60,11 @@ class PlannedLayer:
         return self.layer.out_features * self.layer.in_features
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether its method looks at activations."""
+        return self.method is not None and self.method.needs_calibration
+
+    @property
     def bits(self) -> float:
         """Bits per weight on disk, scales and zero points included."""
         return 8 * self.bytes_after / self.parameters
@@ -75,6 +81,7 @@ class Plan:
     shards: tuple[Shard, ...]
     engines: tuple[EngineSupport, ...]
     notes: tuple[Note, ...]
+    calibration: CalibrationSize
     peak_memory_bytes: int
 
     @property
@@ -106,7 +113,7 @@ class Plan:
     @property
     def needs_calibration(self) -> tuple[PlannedLayer, ...]:
         """The layers whose method looks at activations."""
-        return tuple(layer for layer in self.quantized if layer.method is not None and layer.method.needs_calibration)
+        return tuple(layer for layer in self.layers if layer.is_calibrated)
 
 
 def plan(
@@ -115,6 +122,9 @@ def plan(
     *,
     format: str = DEFAULT_FORMAT,
     carry: Sequence[str] = (),
+    samples: int = 128,
+    length: int = 2048,
+    importance: str = "loss",
 ) -> Plan:
     """Say what `quantize` would do to the checkpoint in `model_dir`, from headers alone.
 
@@ -122,6 +132,7 @@ def plan(
         model_dir: a Hugging Face checkpoint folder (safetensors).
         config: methods by layer.
         format: how the result lies on disk.
+        samples, length, importance: of calibration, as `quantize` takes them: for the estimate of memory.
         carry: layers to leave unquantized whatever the config says (found to hold non-finite weights).
 
     Raises:
@@ -135,6 +146,7 @@ def plan(
     config.validate()
     if format not in FORMATS:
         raise PlanError(f"'{format}' is no format.", f"known are {', '.join(FORMATS)}")
+    calibration = CalibrationSize(samples, length, importance == "loss")
     checkpoint = open_checkpoint(model_dir)
     linears, notes = find_layers(checkpoint.headers, checkpoint.config)
     _refuse_unmatched(config, checkpoint, linears)
@@ -167,8 +179,17 @@ def plan(
         shards=_shards(checkpoint, layers),
         engines=engine_support(planned_schemes, unlike, chosen_format.NAME),
         notes=tuple(notes),
-        peak_memory_bytes=PROCESS_BYTES + 8 * TILE_BYTES + _collected_bytes(chosen_format, layers),
+        calibration=calibration,
+        peak_memory_bytes=max(
+            PROCESS_BYTES + 8 * TILE_BYTES + _collected_bytes(chosen_format, layers),
+            _calibrated_bytes(checkpoint, layers, calibration),
+        ),
     )
+
+
+def _calibrated_bytes(checkpoint: Checkpoint, layers: Iterable[PlannedLayer], calibration: CalibrationSize) -> int:
+    solved = [(layer.layer, layer.method) for layer in layers if layer.method is not None and layer.is_calibrated]
+    return pass_bytes(checkpoint.tensors, checkpoint.config, solved, calibration) if solved else 0
 
 
 def _schemes(layers: Iterable[PlannedLayer]) -> dict[str, Scheme | None]:
@@ -315,4 +336,9 @@ def without(planned: Plan, nonfinite: Sequence[str]) -> Plan:
     """The same plan with the named layers carried over unquantized."""
     again = plan(planned.source.path, planned.config, format=planned.format, carry=nonfinite)
     notes = tuple(Note(name, "carried over unquantized", "holds NaN or infinite weights") for name in nonfinite)
-    return replace(again, notes=again.notes + notes)
+    return replace(
+        again,
+        notes=again.notes + notes,
+        calibration=planned.calibration,
+        peak_memory_bytes=planned.peak_memory_bytes,
+    )

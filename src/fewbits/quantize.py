@@ -74,7 +74,7 @@ def quantize(
         CalibrationError: a method needs calibration data, and none is given.
         OutputError: the result cannot be written.
     """
-    planned = plan(model_dir, config, format=format)
+    planned = plan(model_dir, config, format=format, samples=samples, length=length, importance=importance)
     needing = planned.needs_calibration
     if needing and calibration is None:
         raise CalibrationError(

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import fewbits
-from fewbits import GPTQ, ConfigError, Fp8E4M3, Int4Asymmetric, Int8Symmetric, PlanError, QuantConfig
+from fewbits import AWQ, GPTQ, ConfigError, Fp8E4M3, Int4Asymmetric, Int8Symmetric, PlanError, QuantConfig
 from fewbits.layout import Shard
+from fewbits.methods import QuantMethod
+from fewbits.pass_memory import PROCESS_BYTES
 from tiny_models import CONFIG, random_model, write_source
 
 
@@ -41,6 +43,29 @@ def test_nothing_but_headers_is_read(model: Path) -> None:
     before = fewbits.plan(model, QuantConfig(Int8Symmetric()))
     file.write_bytes(content[:header] + b"\xff" * (len(content) - header))
     assert fewbits.plan(model, QuantConfig(Int8Symmetric())).shards == before.shards
+
+
+def test_peak_memory_is_that_of_the_calibrated_pass_where_there_is_one(tmp_path: Path) -> None:
+    width, inner, experts = 64, 256, 64
+    tensors = {
+        f"model.layers.0.mlp.experts.{number}.{name}.weight": torch.ones(shape).bfloat16()
+        for number in range(experts)
+        for name, shape in {"w1": (inner, width), "w2": (width, inner), "w3": (inner, width)}.items()
+    }
+    model = write_source(tmp_path / "model", tensors, {**CONFIG, "hidden_size": width})
+
+    def peak(method: QuantMethod, samples: int = 1, length: int = 2) -> int:
+        planned = fewbits.plan(model, QuantConfig(method), samples=samples, length=length, importance="none")
+        return planned.peak_memory_bytes
+
+    assert peak(Int4Asymmetric(32)) < peak(GPTQ(4, 32))
+    # A probe holds the block in fp32 beside its bf16 weights; solving holds it in bf16.
+    block = 3 * experts * width * inner
+    assert peak(AWQ(32)) - PROCESS_BYTES == pytest.approx(1.4 * 6 * block, rel=0.01)
+    assert peak(GPTQ(4, 32)) < peak(AWQ(32))
+    # States of all tokens: the stream twice and the widest input once, in bf16.
+    more = peak(GPTQ(4, 32), 64, 2048) - peak(GPTQ(4, 32), 32, 2048)
+    assert more == pytest.approx(1.4 * 32 * 2048 * 2 * (2 * width + inner), rel=0.01)
 
 
 def test_a_head_tied_to_the_embeddings_cannot_be_named(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def plan(
     model: Model,
     config: QuantConfig,
     format: Format = DEFAULT_FORMAT,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration samples, for peak memory.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a sample, for peak memory.")] = 2048,
     all_layers: Annotated[bool, typer.Option("--all", help="A row for each layer, not for each kind.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -31,7 +33,7 @@ def plan(
 
     from fewbits.plan import plan as make_plan
 
-    planned = make_plan(model, config, format=format)
+    planned = make_plan(model, config, format=format, samples=samples, length=length)
     if as_json:
         print(json.dumps(plan_dict(planned)))
         return
@@ -46,9 +48,12 @@ def plan(
 def totals_line(planned: Plan) -> str:
     """Bytes before and after, bits and peak memory in one line."""
     before, after = planned.bytes_before, planned.bytes_after
+    memory = bytes_text(planned.peak_memory_bytes)
+    if planned.needs_calibration:
+        memory = f"about {memory} for {planned.calibration.samples} × {planned.calibration.length:,} tokens"
     return (
         f"{before:,} → {after:,} bytes ({bytes_text(before)} → {bytes_text(after)}, {before / after:.2f}× smaller) · "
-        f"{planned.effective_bits:.3f} bits per quantized weight · peak memory {bytes_text(planned.peak_memory_bytes)}"
+        f"{planned.effective_bits:.3f} bits per quantized weight · peak memory {memory}"
     )
 
 
