@@ -17,6 +17,7 @@ import torch
 
 from fewbits.decoded import decoded_model, load_tokenizer
 from fewbits.errors import CheckpointError, QuantizationError
+from fewbits.fp32_products import fast_fp32
 from fewbits.metrics.divergence import TokenDivergence, token_divergence
 from fewbits.progress import Progress, Silent
 
@@ -120,7 +121,8 @@ class _Reference:
 
 @torch.no_grad()
 def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(window[None]).logits[0]
+    with fast_fp32():
+        logits: torch.Tensor = model(window[None]).logits[0]
     return logits
 
 
