@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from fewbits.allocator import map_large_blocks
 from fewbits.attention import use_own_attention
 from fewbits.block_run import Timings, TokenWeights
-from fewbits.calibrate import BlockDone, bytes_in_flight, micro_batch_size, run_blocks
+from fewbits.calibrate import BlockDone, bytes_in_flight, run_blocks
 from fewbits.calibration import Calibration
 from fewbits.checkpoints.journal import Journal
 from fewbits.checkpoints.partial import PartialFolder
@@ -24,17 +23,15 @@ from fewbits.convert import NonFiniteWeights, ShardWork
 from fewbits.errors import PlanError
 from fewbits.folded_layers import LayerSolver
 from fewbits.formats import FORMATS
-from fewbits.importance import MEMORY_LIMIT, measure_importance
+from fewbits.kept_importance import KeptImportance
 from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.plan import Plan
 from fewbits.progress import Progress
 from fewbits.skeleton import Skeleton, build_model
-from fewbits.states import load_states, write_tensors
-from fewbits.token_weights import shared_weights
+from fewbits.states import load_states
 
-IMPORTANCE_FILE = "importance.safetensors"
 STATES_FILE = "states-{block}.safetensors"
 
 
@@ -111,28 +108,21 @@ class CalibratedConversion:
         self._solver.note(Note("calibration", "every block runs twice, its states wait in a file", why))
 
     def _token_weights(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> TokenWeights:
-        """The importance of tokens to a group of linears, measured once and kept for the case of an interruption."""
-        path = self.folder.scratch / IMPORTANCE_FILE
-        if path.exists():
-            weights = load_file(str(path))
-        else:
+        """The importance of tokens to a group of linears; the solver is told where the output Grams are."""
+        methods = {layer.name: layer.method for layer in self.plan.quantized}
+        coupled = frozenset(name for name, method in methods.items() if method and method.solver_name == "gptq")
+        kept = KeptImportance(self.folder.scratch, coupled)
+        if not kept.is_measured:
             self.progress.begin("importance", 2 * len(skeleton.blocks), "blocks")
             before = time.perf_counter()
-            weights = measure_importance(
-                skeleton, self.calibration.ids, layers,
-                micro_batch=micro_batch_size(self.calibration.ids.shape[1]), seed=self.seed, folder=self.folder.scratch,
-                memory_limit=min(MEMORY_LIMIT, self.memory_limit if self.memory_limit is not None else MEMORY_LIMIT),
-                watcher=lambda stage, done, total: self.progress.advance(1, stage),
-            ).weights  # fmt: skip
+            kept.measure(
+                skeleton, self.calibration.ids, layers, self.seed, self.memory_limit,
+                lambda stage, done, total: self.progress.advance(1, stage),
+            )  # fmt: skip
             self.progress.end()
             self.importance_s = time.perf_counter() - before
-            write_tensors(path, weights)
-
-        def of_group(group: Sequence[LinearLayer]) -> torch.Tensor | None:
-            known = [weights[layer.name] for layer in group if layer.name in weights]
-            return shared_weights(known) if known else None
-
-        return of_group
+        self._solver.coupling = kept.output_grams
+        return kept.token_weights()
 
     def _states(self, first: int) -> Any:
         """States behind the last finished block; without them the pass starts over, to the same bytes."""

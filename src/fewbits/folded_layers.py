@@ -14,7 +14,7 @@ from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.packing import decode
 from fewbits.plan import PlannedLayer
-from fewbits.solve_layers import Scaling, SolvedLayer, solve_group
+from fewbits.solve_layers import Coupling, Scaling, SolvedLayer, solve_group
 from fewbits.statistics import Statistics
 from fewbits.transforms.ties import Ties
 
@@ -34,11 +34,15 @@ class BlockResult:
 
 @dataclass
 class LayerSolver:
-    """Solves the groups of a block as they come, with or without a fold; `finish` hands the block over."""
+    """Solves the groups of a block as they come, with or without a fold; `finish` hands the block over.
+
+    coupling: the output Grams of a layer, once they are known.
+    """
 
     planned: Mapping[str, PlannedLayer]
     read: Callable[[str], torch.Tensor]
     check: Callable[[LinearLayer, torch.Tensor], None]
+    coupling: Coupling | None = None
 
     def __post_init__(self) -> None:
         self._layer_of = {layer.layer.tensor: name for name, layer in self.planned.items()}
@@ -118,7 +122,7 @@ class LayerSolver:
         for layer, weight in zip(layers, weights, strict=True):
             self.check(layer, weight)
         solved: dict[str, SolvedLayer] = solve_group(
-            layers, weights, statistics, self.planned, self._block.notes, scaling
+            layers, weights, statistics, self.planned, self._block.notes, scaling, self.coupling
         )
         for layer in layers:
             self._block.records[layer.name] = solved[layer.name].record

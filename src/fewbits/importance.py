@@ -1,4 +1,4 @@
-"""Importance: how much the loss cares about each linear's output at each token.
+"""Importance: how much the loss cares about each linear's output at each token, and which outputs it feels alike.
 
 One forward and one backward of the original model, streamed block by block. Labels are drawn from the model's own
 predictions, so the mean square of the gradient at a linear's output estimates the Fisher information there: a small
@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from fewbits.kernels.compiling import as_numpy
 from fewbits.kernels.drawn_labels import draw_labels
 from fewbits.kernels.lanes import HAS_BF16
 from fewbits.layers import LinearLayer
+from fewbits.output_grams import OutputGram
 from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
 from fewbits.watching import Slot, watch
@@ -34,6 +35,8 @@ LOGITS = 1 << 24
 MEMORY_LIMIT = 3 << 29
 # Called with a stage's name and how many of how many blocks are done.
 Watcher = Callable[[str, int, int], None]
+# Called with a block's number and the output Grams of its layers.
+GramKeeper = Callable[[int, dict[str, torch.Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def measure_importance(
     memory_limit: int = MEMORY_LIMIT,
     folder: Path | None = None,
     watcher: Watcher | None = None,
+    coupled: Collection[str] = (),
+    keep_grams: GramKeeper = lambda block, grams: None,
 ) -> Importance:
     """Measure the importance of every token to the given linears.
 
@@ -67,13 +72,15 @@ def measure_importance(
         seed: of the labels that are drawn.
         memory_limit: bytes of hidden states in memory; past them they go to a file in `folder`, and where the disk is
             too small for all, the inputs of some blocks are computed again.
+        coupled: names of the layers whose output Grams are wanted.
+        keep_grams: is given those of each block, by name, as `output_grams.split` takes them; the last block first.
     """
     with torch.no_grad():
-        run = _Run(skeleton, ids, layers, micro_batch, seed, watcher or (lambda stage, done, total: None))
+        run = _Run(skeleton, ids, layers, micro_batch, seed, watcher or (lambda stage, done, total: None), coupled)
         nbytes = ids.numel() * skeleton.hidden_bytes
         free = shutil.disk_usage(folder or tempfile.gettempdir()).free
         with BlockInputs(len(skeleton.blocks), nbytes, memory_limit, free // 2, folder) as inputs:
-            return run.run(inputs)
+            return run.run(inputs, keep_grams)
 
 
 class _Run:
@@ -85,8 +92,9 @@ class _Run:
         micro_batch: int,
         seed: int,
         watcher: Watcher,
+        coupled: Collection[str],
     ) -> None:
-        self._skeleton, self._watcher = skeleton, watcher
+        self._skeleton, self._watcher, self._coupled = skeleton, watcher, frozenset(coupled)
         self._forward = SuspendedForward(skeleton, ids, micro_batch, after_last_block=self._begin_tail)
         self._layers = {layer.tensor: layer for layer in layers}
         # One number a token, drawn beforehand, so that labels do not depend on how tokens are grouped.
@@ -99,12 +107,12 @@ class _Run:
         self._pulls = torch.empty(0, 0)
         self._tokens = ids.numel()
 
-    def run(self, inputs: BlockInputs) -> Importance:
+    def run(self, inputs: BlockInputs, keep_grams: GramKeeper) -> Importance:
         began = time.perf_counter()
         with self._forward:
             self._run_forward(inputs)
         forwarded = time.perf_counter()
-        self._run_backward(inputs)
+        self._run_backward(inputs, keep_grams)
         measured = {name: weights for name, weights in self._weights.items() if bool((weights > 0).any())}
         elapsed_s = {"forward": forwarded - began - self._head_s, "head": self._head_s}
         elapsed_s["backward"] = time.perf_counter() - forwarded
@@ -187,17 +195,17 @@ class _Run:
         self._loss += draw_labels(as_numpy(logits), draws.numpy(), as_numpy(gradients))
         return gradients
 
-    def _run_backward(self, inputs: BlockInputs) -> None:
+    def _run_backward(self, inputs: BlockInputs, keep_grams: GramKeeper) -> None:
         count = len(self._skeleton.blocks)
         for index in reversed(range(count)):
             if not inputs.has(index):
                 self._compute_again(inputs, index)
             with self._skeleton.materialized(index) as block:
-                parts = self._parts(index)
+                seen = _Gradients(self._parts(index), self._weights, self._coupled)
                 for micro_batch in self._forward.micro_batches:
                     hidden = inputs.take(index, micro_batch.index).to(self._skeleton.device)
                     arguments = self._arguments.pop((index, micro_batch.index))
-                    watch(block, _recorder(parts, self._weights, micro_batch))
+                    watch(block, seen.recorder(micro_batch))
                     with torch.enable_grad():
                         hidden = hidden.requires_grad_()
                         args, kwargs = _with_first_tensor(arguments, hidden, placeholder=True)
@@ -205,6 +213,7 @@ class _Run:
                     number = micro_batch.index
                     (self._gradients[number],) = torch.autograd.grad(output, hidden, self._gradients[number])
                     self._check_finite(index, self._gradients[number])
+            keep_grams(index, {name: gram.finish() for name, gram in seen.output_grams.items()})
             self._watcher("backward", count - index, count)
 
     def _compute_again(self, inputs: BlockInputs, index: int) -> None:
@@ -235,28 +244,47 @@ class _Run:
             )
 
 
-def _recorder(
-    parts: Mapping[str, list[tuple[Part, str]]], weights: dict[str, torch.Tensor], micro_batch: MicroBatch
-) -> Callable[[Slot, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]:
-    """A watcher that adds up the mean square of the gradient at each linear's output."""
+class _Gradients:
+    """What is kept of the gradients at the outputs of one block's linears.
 
-    def recorded(slot: Slot, inputs: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor:
-        output = product()
-        wanted = parts.get(slot.parameter, [])
-        rows = output.numel() // output.shape[-1]
-        if wanted and slot.expert is None and output.requires_grad and rows == micro_batch.ids.numel():
+    weights: each token's mean square by layer, added to in place. output_grams: of those layers that are coupled.
+    """
 
-            def record(gradient: torch.Tensor) -> None:
-                flat = gradient.reshape(rows, -1)
-                for part, name in wanted:
-                    columns = flat if slot.transposed else flat[:, part.start : part.stop]
-                    norm = torch.linalg.vector_norm(columns, dim=1, dtype=torch.float32)
-                    weights[name][micro_batch.tokens] += (norm.square() / columns.shape[1]).cpu()
+    def __init__(
+        self, parts: Mapping[str, list[tuple[Part, str]]], weights: dict[str, torch.Tensor], coupled: frozenset[str]
+    ) -> None:
+        self._parts, self._weights, self._coupled = parts, weights, coupled
+        self.output_grams: dict[str, OutputGram] = {}
 
-            cast(Any, output).register_hook(record)
-        return output
+    def recorder(
+        self, micro_batch: MicroBatch
+    ) -> Callable[[Slot, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]:
+        """A watcher that adds what comes back to each linear's output."""
 
-    return recorded
+        def recorded(slot: Slot, inputs: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor:
+            output = product()
+            wanted = self._parts.get(slot.parameter, [])
+            rows = output.numel() // output.shape[-1]
+            if wanted and slot.expert is None and output.requires_grad and rows == micro_batch.ids.numel():
+
+                def record(gradient: torch.Tensor) -> None:
+                    flat = gradient.reshape(rows, -1)
+                    for part, name in wanted:
+                        self._add(name, flat if slot.transposed else flat[:, part.start : part.stop], micro_batch)
+
+                cast(Any, output).register_hook(record)
+            return output
+
+        return recorded
+
+    def _add(self, name: str, gradient: torch.Tensor, micro_batch: MicroBatch) -> None:
+        outputs = gradient.shape[1]
+        norm = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+        self._weights[name][micro_batch.tokens] += (norm.square() / outputs).cpu()
+        if name in self._coupled:
+            if name not in self.output_grams:
+                self.output_grams[name] = OutputGram(outputs, gradient.device)
+            self.output_grams[name].add(gradient, norm)
 
 
 def _with_first_tensor(

@@ -32,6 +32,8 @@ TOKENS_PER_CHANNEL = 4
 DAMPING_PER_CHANNEL_AND_TOKEN = 0.07
 # Narrow, since clipping further lowers the layer's error and raises the model's.
 CLIP_SEARCH = Search(steps=31, narrowest=0.8, power=2)
+# The output Grams of a layer, as `output_grams.split` gives them; None if there are none.
+Coupling = Callable[[LinearLayer], Sequence[torch.Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def solve_group(
     planned: Mapping[str, PlannedLayer],
     notes: list[Note],
     scaling: Scaling | None = None,
+    coupling: Coupling | None = None,
 ) -> dict[str, SolvedLayer]:
     """Solve layers that share an input, by name. Those of one method are stacked: rows are independent given H.
 
@@ -77,6 +80,7 @@ def solve_group(
         planned: by name.
         notes: where fallbacks are noted.
         scaling: only where all layers have the same method, one with a transform.
+        coupling: the output Grams of a layer; without them its rows are solved as independent.
     """
     solved: dict[str, SolvedLayer] = {}
     stacks: dict[object, list[int]] = {}
@@ -93,14 +97,22 @@ def solve_group(
     for members in stacks.values():
         assert statistics is not None
         stack = [layers[i] for i in members], [weights[i] for i in members]
-        solve = _solved_together if _method(planned, stack[0]).solver_name == "gptq" else _rounded_together
-        solved |= solve(*stack, statistics, planned, notes, s)
+        if _method(planned, stack[0]).solver_name == "gptq":
+            solved |= _solved_together(*stack, statistics, planned, notes, s, _couplings(stack[0], coupling))
+        else:
+            solved |= _rounded_together(*stack, statistics, planned, notes, s)
     for name, found in solved.items():
         bits, dtype = found.weight.scales.cpu(), planned[name].scale_dtype
         bits = bits.view({2: torch.uint16, 4: torch.uint32}[bits.element_size()])
         if count := count_at_limit(bits.numpy(), dtype):
             notes.append(note_at_limit(name, count, bits.numel(), dtype))
     return solved
+
+
+def _couplings(layers: Sequence[LinearLayer], coupling: Coupling | None) -> list[torch.Tensor]:
+    """Output Grams of all rows of a stack; none if a layer has none."""
+    found = [None if coupling is None else coupling(layer) for layer in layers]
+    return [G for grams in found for G in grams or ()] if None not in found else []
 
 
 def _method(planned: Mapping[str, PlannedLayer], layers: Sequence[LinearLayer]) -> QuantMethod:
@@ -185,6 +197,7 @@ def _solved_together(
     planned: Mapping[str, PlannedLayer],
     notes: list[Note],
     s: torch.Tensor | None,
+    couplings: Sequence[torch.Tensor],
 ) -> dict[str, SolvedLayer]:
     first = planned[layers[0].name]
     method = first.method
@@ -196,9 +209,9 @@ def _solved_together(
     H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
     options = replace(gptq.DEFAULTS, damping=_damping(statistics))
     solution = (
-        gptq.solve(stacked, method.scheme, scale_dtype, H, options)
+        gptq.solve(stacked, method.scheme, scale_dtype, H, options, couplings)
         if s is None
-        else gptq.solve(stacked.float() * s, method.scheme, scale_dtype, H / s / s[:, None], options)
+        else gptq.solve(stacked.float() * s, method.scheme, scale_dtype, H / s / s[:, None], options, couplings)
     )
     notes += [Note(layers[0].name, what, why) for what, why in solution.notes]
     decoded = None if s is None else solution.decoded / s

@@ -18,6 +18,7 @@ from fewbits.calibrate import BlockDone, run_blocks
 from fewbits.checkpoints.reader import TensorReader, open_checkpoint
 from fewbits.importance import measure_importance
 from fewbits.layers import LinearLayer, find_layers
+from fewbits.output_grams import coupled_runs, split
 from fewbits.skeleton import Skeleton, build_model
 from fewbits.states import load_states
 from fewbits.statistics import Statistics
@@ -184,8 +185,8 @@ def test_every_linear_is_solved_once_and_with_all_that_share_its_input(checkpoin
         assert all(group == together for group in groups if group & together)
 
 
-def importance_oracle(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: int) -> dict[str, torch.Tensor]:
-    """One backward of the whole model, labels drawn by the same random numbers."""
+def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: int) -> dict[str, torch.Tensor]:
+    """At each linear's outputs [tokens, out], by one backward of the whole model, labels drawn by the same numbers."""
     draws = torch.rand(IDS.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     outputs: dict[str, torch.Tensor] = {}
 
@@ -206,26 +207,46 @@ def importance_oracle(whole: PreTrainedModel, layers: Sequence[LinearLayer], see
     found = {}
     for name, output in outputs.items():
         assert output.grad is not None
-        found[name] = output.grad.reshape(IDS.numel(), -1).double().square().mean(-1)
+        found[name] = output.grad.reshape(IDS.numel(), -1).double()
     return found
 
 
 @pytest.mark.parametrize("memory_limit", [1 << 30, 0], ids=["memory", "file"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_importance_is_the_square_of_the_whole_models_gradients(
-    architecture: str, memory_limit: int, tmp_path: Path
+def test_importance_and_output_grams_are_those_of_the_whole_models_gradients(
+    architecture: str, memory_limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fewbits.output_grams.COUPLED", 24)
     path = save_tiny(tmp_path / "model", architecture, torch.float32)
+    grams: dict[str, torch.Tensor] = {}
+    blocks: list[int] = []
+
+    def keep(block: int, found: dict[str, torch.Tensor]) -> None:
+        blocks.append(block)
+        grams.update(found)
+
     with skeleton_of(path, torch.float32) as (skeleton, layers):
+        plain = [layer for layer in layers if EXPERT.fullmatch(layer.name) is None]
         found = measure_importance(
-            skeleton, IDS, layers, micro_batch=MICRO_BATCH, seed=7, memory_limit=memory_limit, folder=tmp_path
-        )
-    plain = [layer for layer in layers if EXPERT.fullmatch(layer.name) is None]
-    expected = importance_oracle(whole_model(path, torch.float32), plain, 7)
-    assert set(found.weights) == set(expected)
+            skeleton, IDS, layers, micro_batch=MICRO_BATCH, seed=7, memory_limit=memory_limit, folder=tmp_path,
+            coupled=[layer.name for layer in plain[1:]], keep_grams=keep,
+        )  # fmt: skip
+    gradients = gradients_of(whole_model(path, torch.float32), plain, 7)
+    assert set(found.weights) == set(gradients)
     for name, weights in found.weights.items():
-        assert torch.allclose(weights.double(), expected[name], rtol=2e-3, atol=1e-3 * float(expected[name].mean()))
+        expected = gradients[name].square().mean(-1)
+        assert torch.allclose(weights.double(), expected, rtol=2e-3, atol=1e-3 * float(expected.mean()))
     assert not [file for file in tmp_path.iterdir() if file.is_file()]
+    assert blocks == sorted(blocks, reverse=True)
+    assert set(grams) == {layer.name for layer in plain[1:]}
+    for layer in plain[1:]:
+        rows = gradients[layer.name]
+        norm = rows.norm(dim=1, keepdim=True)
+        G = (rows / norm.clamp_min(1e-300)).T @ rows
+        runs = coupled_runs(layer.out_features)
+        for run, block in zip(runs, split(grams[layer.name], layer.out_features), strict=True):
+            exact = G[run, run]
+            assert torch.allclose(block.double(), exact, rtol=0, atol=2e-3 * float(exact.diagonal().max()))
 
 
 def test_experts_that_no_token_reaches_are_solved_without_a_statistic_and_noted(tmp_path: Path) -> None:

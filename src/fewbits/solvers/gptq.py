@@ -10,6 +10,7 @@ Needs: Gram. Cost: O(N · K²).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from fewbits.kernels.rounding import search_grid
 from fewbits.numerics import Search, candidate_grids
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
+from fewbits.solvers.coupled import solve_in_turn
 from fewbits.solvers.factorization import DAMPING, Factor, inverse_factor
 from fewbits.solvers.solution import Solution, joined
 
@@ -61,18 +63,28 @@ DEFAULTS = GptqOptions()
 
 # Codes uint8 [N, K], scales [N, G], zero points uint8 [N, G] or None.
 Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+# The loss of each row by H plus a diagonal, fp64 [N], and that diagonal, fp32 [K].
+Damped = tuple[torch.Tensor, torch.Tensor]
 
 
 def solve(
-    W: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, H: torch.Tensor, options: GptqOptions = DEFAULTS
+    W: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    H: torch.Tensor,
+    options: GptqOptions = DEFAULTS,
+    couplings: Sequence[torch.Tensor] = (),
 ) -> Solution:
-    """Choose the codes of W [N, K] (all consumers of one input, stacked; rows are independent) given H [K, K].
+    """Choose the codes of W [N, K] (all consumers of one input, stacked) given H [K, K].
 
     Channels that were never active keep their weights and are rounded plainly. Where H cannot be factored, all are.
+
+    Args:
+        couplings: output Grams of runs of rows, in order (`coupled.py`); without them rows are independent.
     """
     K = W.shape[1]
     some = max(BLOCK, ROW_NUMBERS // K)
-    parts = [W[start : start + some] for start in range(0, len(W), some)]
+    parts = [slice(start, start + some) for start in range(0, len(W), some)]
     dead = H.diagonal() <= 0
     living = H.clone()
     living.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
@@ -83,40 +95,62 @@ def solve(
     turned = living[:, order]
     del living
     factor = inverse_factor(turned, options.damping)
-    if factor is None:
+
+    def plainly(rows: torch.Tensor) -> Solution:
         notes = (("rounded plainly", "its statistic cannot be factored"),)
-        plain = [
-            (part.float(), _rounded(part.float(), scheme, scale_dtype, options.search, diagonal)) for part in parts
-        ]
-        return joined([_solution(*pair, scheme, H, notes) for pair in plain])
-    if factor.trouble is None:
-        turned.diagonal().add_(factor.damping)
-    return joined(
-        [_solved(part.float(), H, turned, factor, order, diagonal, scheme, scale_dtype, options) for part in parts]
-    )
+        return _solution(rows, _rounded(rows, scheme, scale_dtype, options.search, diagonal), scheme, H, notes)
+
+    if factor is None:
+        return joined([plainly(W[part].float()) for part in parts])
+    rows_solver = _Rows(H, turned, factor, order, diagonal, scheme, scale_dtype, options)
+    if not couplings:
+        return joined([rows_solver.solution(W[part].float()) for part in parts])
+    grid = solve_in_turn(W.float(), couplings, scheme, lambda rows: rows_solver.choose(rows)[0])
+    return joined([_solution(W[part].float(), _part(grid, part), scheme, H, rows_solver.notes) for part in parts])
 
 
-def _solved(
-    W: torch.Tensor,
-    H: torch.Tensor,
-    turned: torch.Tensor,
-    factor: Factor,
-    order: torch.Tensor,
-    diagonal: torch.Tensor,
-    scheme: Scheme,
-    scale_dtype: torch.dtype,
-    options: GptqOptions,
-) -> Solution:
-    """Some rows. turned: H with its channels in `order`, damped as the factor is; diagonal: before damping."""
-    notes = () if factor.trouble is None else (("solved with a doctored statistic", factor.trouble),)
-    solved, loss = _sweep(W, factor.U, order, diagonal, scheme, scale_dtype, options)
-    # A doctored factor belongs to another H than this, by which steps could go astray.
-    if factor.trouble is None:
-        loss -= _descend(W, solved, turned, order, scheme, options.passes)
-    if _restore_worse_rows(W, solved, scheme, options.search, H) or factor.trouble is not None:
-        return _solution(W, solved, scheme, H, notes)
-    # The sweep's own loss is that by the damped H.
-    return _solution(W, solved, scheme, H, notes, (loss, diagonal - H.diagonal() + factor.damping))
+class _Rows:
+    """Solves rows of weights, each on its own, all by one H."""
+
+    def __init__(
+        self,
+        H: torch.Tensor,
+        turned: torch.Tensor,
+        factor: Factor,
+        order: torch.Tensor,
+        diagonal: torch.Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        options: GptqOptions,
+    ) -> None:
+        """Take H, H with its channels in `order` as it was factored, and its diagonal, all before damping."""
+        self._H, self._turned, self._factor, self._order, self._diagonal = H, turned, factor, order, diagonal
+        self._scheme, self._scale_dtype, self._options = scheme, scale_dtype, options
+        # A doctored factor belongs to another H than this, by which steps could go astray.
+        self._can_descend = factor.trouble is None
+        self.notes = () if self._can_descend else (("solved with a doctored statistic", str(factor.trouble)),)
+        if self._can_descend:
+            turned.diagonal().add_(factor.damping)
+
+    def solution(self, W: torch.Tensor) -> Solution:
+        """The solution of rows fp32 [n, K]."""
+        solved, damped = self.choose(W)
+        return _solution(W, solved, self._scheme, self._H, self.notes, damped)
+
+    def choose(self, W: torch.Tensor) -> tuple[Grid, Damped | None]:
+        """Codes of rows fp32 [n, K], and their loss by the damped H, where that is known."""
+        scheme, options = self._scheme, self._options
+        solved, loss = _sweep(W, self._factor.U, self._order, self._diagonal, scheme, self._scale_dtype, options)
+        if self._can_descend:
+            loss -= _descend(W, solved, self._turned, self._order, scheme, options.passes)
+        if _restore_worse_rows(W, solved, scheme, options.search, self._H) or not self._can_descend:
+            return solved, None
+        return solved, (loss, self._diagonal - self._H.diagonal() + self._factor.damping)
+
+
+def _part(grid: Grid, rows: slice) -> Grid:
+    codes, scales, zeros = grid
+    return codes[rows], scales[rows], None if zeros is None else zeros[rows]
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
@@ -263,9 +297,9 @@ def _solution(
     scheme: Scheme,
     H: torch.Tensor,
     notes: tuple[tuple[str, str], ...],
-    damped: tuple[torch.Tensor, torch.Tensor] | None = None,
+    damped: Damped | None = None,
 ) -> Solution:
-    """The solution with what it lost; `damped` is the loss by H plus a diagonal, and that diagonal, if known."""
+    """The solution with what it lost."""
     missed = W - decode_codes(*solved, scheme)
     if damped is None:
         output_error = _quadratic(missed, H)

@@ -1,0 +1,96 @@
+"""Rows in turn: what some rows missed is made up for by rows whose outputs the loss feels alike.
+
+To second order the loss is tr(G E H Eᵀ), E = W − Ŵ, with H of the inputs and G = Σ vₜ gₜ gₜᵀ of the loss's gradients at
+the outputs. Once the errors E_b of some rows are known, the other rows r do best to miss by −G_rr⁻¹ G_rb E_b, whatever
+H is: so that much is taken off before they are solved. With G⁻¹ = Uᵀ U, U upper triangular, −G_rr⁻¹ G_rb is
+U_brᵀ U_bb⁻ᵀ, G restricted to b and the rows after it. It is GPTQ's own step, over rows in place of columns.
+Source: Tseng et al. 2025, arXiv 2505.22988 (YAQA), whose rounding corrects for both factors at once, one weight at a
+time; here rows are solved ROWS at a time, by any solver that takes rows as independent.
+Needs: Gram, output Grams. Cost: that of solving the rows, O(N · K · coupled rows) and O(N · coupled rows²).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fewbits.fp32_products import fast_fp32
+from fewbits.packing import decode_codes
+from fewbits.schemes import Scheme
+from fewbits.solvers.factorization import inverse_factor
+
+# Share of the mean diagonal of G. Gradients are drawn once a token and G is noisy: docs/methods/gptq.md.
+DAMPING = 0.1
+# Coupled rows solved at a time, as if they were not coupled to each other.
+ROWS = 64
+
+# Codes uint8 [N, K], scales [N, G], zero points uint8 [N, G] or None.
+Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Coupled:
+    """Rows coupled to each other, in the order in which they are solved, and the factor U of their G⁻¹."""
+
+    rows: torch.Tensor
+    U: torch.Tensor | None
+
+
+def solve_in_turn(
+    W: torch.Tensor, couplings: Sequence[torch.Tensor], scheme: Scheme, solve_rows: Callable[[torch.Tensor], Grid]
+) -> Grid:
+    """Solve the rows of W [N, K], fp32.
+
+    Args:
+        couplings: G of runs of neighbouring rows that make up all rows, fp32 [rows, rows] each.
+        solve_rows: the codes of some rows fp32 [n, K], each solved on its own.
+    """
+    remaining = W.clone()
+    coupled = list(_coupled(couplings))
+    parts: list[Grid] = []
+    order: list[torch.Tensor] = []
+    for step in range(max(-(-len(each.rows) // ROWS) for each in coupled)):
+        begin = step * ROWS
+        present = [each for each in coupled if len(each.rows) > begin]
+        rows = torch.cat([each.rows[begin : begin + ROWS] for each in present])
+        targets = remaining[rows]
+        grid = solve_rows(targets)
+        missed = targets.sub_(decode_codes(*grid, scheme))
+        start = 0
+        for each in present:
+            count = min(ROWS, len(each.rows) - begin)
+            _push(each, begin, missed[start : start + count], remaining)
+            start += count
+        parts.append(grid)
+        order.append(rows)
+    return _in_order(parts, torch.cat(order).argsort())
+
+
+def _coupled(couplings: Sequence[torch.Tensor]) -> Iterator[_Coupled]:
+    start = 0
+    for G in couplings:
+        # The rows that matter most come first, while others can still make up for them.
+        order = G.diagonal().argsort(descending=True, stable=True)
+        factor = inverse_factor(G[order][:, order], DAMPING)
+        yield _Coupled(order + start, None if factor is None else factor.U)
+        start += len(G)
+
+
+def _push(coupled: _Coupled, begin: int, missed: torch.Tensor, remaining: torch.Tensor) -> None:
+    """Have the rows that are still to come make up for what those from `begin` on missed."""
+    end = begin + len(missed)
+    later = coupled.rows[end:]
+    if coupled.U is None or len(later) == 0:
+        return
+    block = coupled.U[begin:end, begin:end]
+    with fast_fp32():
+        shares = torch.linalg.solve_triangular(block, coupled.U[begin:end, end:], upper=True)
+        remaining[later] -= shares.T @ missed
+
+
+def _in_order(parts: Sequence[Grid], places: torch.Tensor) -> Grid:
+    codes, scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    zeros = [part[2] for part in parts if part[2] is not None]
+    return codes[places], scales[places], torch.cat(zeros)[places] if zeros else None
