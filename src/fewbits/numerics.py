@@ -152,7 +152,7 @@ def best_grid(
     best_loss: torch.Tensor | None = None
     back = 1 / stored_scale(_covering(low, high, scheme)[0], scale_dtype).float()
     for factor in search.factors():
-        for scales, zeros in _candidates(low, high, factor, scheme, scale_dtype):
+        for scales, zeros in _candidates(low, high, torch.tensor(factor), scheme, scale_dtype):
             wide = scales.float()
             u = grouped * (1 / wide)
             miss = (u - u.round().clamp_(-zeros, scheme.largest_code - zeros)).square_()
@@ -172,11 +172,13 @@ def best_grid(
 
 def candidate_grids(
     rows: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: Search
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every candidate of a search for fp32 rows [R, g] of one group each: scales [R] and zero points fp32 [R]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every candidate of a search for fp32 rows [R, g] of one group each: scales and fp32 zero points [grids, R]."""
     low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
-    for factor in search.factors():
-        yield from _candidates(low, high, factor, scheme, scale_dtype)
+    factors = torch.tensor(search.factors(), dtype=torch.float32)[:, None]
+    found = _candidates(low, high, factors, scheme, scale_dtype)
+    scales, zeros = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*found, strict=True))
+    return scales, zeros
 
 
 def _steps(grouped: torch.Tensor) -> torch.Tensor:
@@ -207,16 +209,15 @@ def _covering(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[to
 
 
 def _candidates(
-    low: torch.Tensor, high: torch.Tensor, factor: float, scheme: Scheme, scale_dtype: torch.dtype
+    low: torch.Tensor, high: torch.Tensor, shrink: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Grids for `factor` times the range: asymmetric one, symmetric one for each sign of the scale."""
-    shrink = torch.tensor(factor, dtype=torch.float32)
+    """Grids for `shrink` (fp32, [] or [factors, 1]) times the range: asymmetric one, symmetric one for each sign."""
     wide, narrow = _covering(low, high, scheme)
     scales = stored_scale(wide * shrink, scale_dtype)
     if not scheme.symmetric:
         yield scales, (-(low * shrink) * (1 / scales.float())).round_().clamp_(0, scheme.largest_code)
         return
-    middle = torch.full_like(low, float(scheme.midpoint))
+    middle = torch.full(scales.shape, float(scheme.midpoint))
     # The group's extreme goes to code 0, on whichever side it lies: all 2^bits levels serve.
     yield torch.where(high > -low, -scales, scales), middle
     if scheme.bits > 1:
