@@ -27,6 +27,9 @@ class Folding(Protocol):
     def wants(self, layers: Sequence[LinearLayer]) -> bool:
         """Whether a fold is of use to the consumers of one input."""
 
+    def tokens_for_gram(self, layers: Sequence[LinearLayer]) -> int | None:
+        """How many tokens are enough for the Gram of layers that are scaled; None if all that there are count."""
+
     def solve(
         self,
         layers: Sequence[LinearLayer],

@@ -7,6 +7,7 @@ statistics and once more with its new weights.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class _Group:
     late_tokens: int = 0
     place: FoldPlace | None = None
     sample: TokenSample | None = None
+    # Of so many micro-batches one goes into the Gram.
+    stride: int = 1
 
 
 class BlockRun:
@@ -191,8 +194,18 @@ class BlockRun:
             )
             for slots, place in places.items():
                 wanting[slots].place, wanting[slots].sample = place, TokenSample(self._forward.ids.numel())
+                wanting[slots].stride = self._gram_stride(wanting[slots])
             self._notes += refusal_notes((self._layers_of(wanting[r.consumers])[0], r.why) for r in refused)
         self._timings.folds_s += time.perf_counter() - before
+
+    def _gram_stride(self, group: _Group) -> int:
+        """Of how many micro-batches one makes a Gram that is good enough."""
+        enough = None if self._folding is None else self._folding.tokens_for_gram(self._layers_of(group))
+        # Experts see a choice of the tokens: all of it counts.
+        if enough is None or any(slot.expert is not None or _numbered(slot.parameter) for slot in group.slots):
+            return 1
+        micro_batches = self._forward.micro_batches
+        return max(1, len(micro_batches) // math.ceil(enough / micro_batches[0].ids.numel()))
 
     def _order(self, slot: Slot) -> tuple[int, int, int]:
         """Where a slot stands: as first seen, and experts of a list by their number, though only some are seen."""
@@ -234,7 +247,10 @@ class BlockRun:
         before = time.perf_counter()
         if group.accumulator is None:
             group.accumulator = StatisticsAccumulator(inputs.shape[-1], inputs.device)
-        group.accumulator.add(inputs, self._importance(group, micro_batch, inputs))
+        if micro_batch.index % group.stride == 0:
+            group.accumulator.add(inputs, self._importance(group, micro_batch, inputs))
+        else:
+            group.accumulator.add_magnitudes(inputs)
         if group.sample is not None:
             group.sample.add(inputs)
         self._timings.statistics_s += time.perf_counter() - before

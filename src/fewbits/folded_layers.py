@@ -14,7 +14,7 @@ from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.packing import decode
 from fewbits.plan import PlannedLayer
-from fewbits.solve_layers import Coupling, Scaling, SolvedLayer, solve_group
+from fewbits.solve_layers import TOKENS_PER_CHANNEL, Coupling, Scaling, SolvedLayer, solve_group
 from fewbits.statistics import Statistics
 from fewbits.transforms.ties import Ties
 
@@ -74,6 +74,12 @@ class LayerSolver:
             why = "layers of unlike methods share them: " + ", ".join(sorted(str(method) for method in methods))
             self._block.notes.append(Note(layers[0].name, "its input channels are not scaled", why))
         return bool(scaling) and len(methods) == 1
+
+    def tokens_for_gram(self, layers: Sequence[LinearLayer]) -> int | None:
+        """SmoothQuant's Gram only ranks values of α, which a part of the tokens can; all others solve by theirs."""
+        method = self.planned[layers[0].name].method
+        ranks = method is not None and method.transform == "smoothquant" and method.solver_name == "rtn"
+        return TOKENS_PER_CHANNEL * layers[0].in_features if ranks else None
 
     def solve_plainly(
         self, layers: Sequence[LinearLayer], weights: Sequence[torch.Tensor], statistics: Statistics | None

@@ -30,8 +30,8 @@ class Statistics:
     """What was seen of one distinct input, [in] or [in, in] channels wide.
 
     gram: H = Σ wₜ xₜ xₜᵀ, fp32 [in, in], symmetric, not divided by anything; the weights' mean is about 1.
-    absmax, absmean: of |x| by channel, fp32 [in]; weights play no part in them.
-    tokens: rows seen. effective_tokens: (Σ w)² / Σ w², equal to `tokens` without weights.
+    absmax, absmean: of |x| by channel, fp32 [in], over all rows seen; weights play no part in them.
+    tokens: rows in the Gram. effective_tokens: (Σ w)² / Σ w², equal to `tokens` without weights.
     """
 
     gram: torch.Tensor
@@ -51,6 +51,7 @@ class StatisticsAccumulator:
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.width = width
         self.tokens = 0
+        self._seen = 0
         self._gram = torch.zeros(width, width, device=device)
         self._absmax = torch.zeros(width, device=device)
         self._tiles: GramTiles | None = None
@@ -74,6 +75,7 @@ class StatisticsAccumulator:
         if weights is not None and weights.numel() != len(rows):
             raise ValueError(f"{len(rows)} rows of input, but {weights.numel()} weights")
         self.tokens += len(rows)
+        self._seen += len(rows)
         if weights is None:
             self._weight += len(rows)
             self._squared_weight += len(rows)
@@ -87,6 +89,14 @@ class StatisticsAccumulator:
             self._tiles.add(rows, roots)
         else:
             self._add_in_fp32(rows, roots)
+
+    def add_magnitudes(self, inputs: torch.Tensor) -> None:
+        """Add rows [..., width] to the magnitudes alone: a Gram that only ranks candidates needs no more of them."""
+        rows = inputs.reshape(-1, self.width)
+        self._seen += len(rows)
+        absolute = rows.abs()
+        torch.maximum(self._absmax, absolute.amax(0).float(), out=self._absmax)
+        self._absolute += absolute.sum(0, dtype=torch.float32)
 
     def _add_in_fp32(self, rows: torch.Tensor, roots: torch.Tensor | None) -> None:
         if len(self._part) < min(len(rows), self._rows):
@@ -122,5 +132,5 @@ class StatisticsAccumulator:
             below, panel = slice(top + step, None), slice(top, top + step)
             gram[below, panel] = gram[panel, below].T
         effective = self._weight**2 / self._squared_weight if self._squared_weight else 0.0
-        absmean = (self._absolute / max(self.tokens, 1)).float()
+        absmean = (self._absolute / max(self._seen, 1)).float()
         return Statistics(gram, self._absmax, absmean, self.tokens, effective)

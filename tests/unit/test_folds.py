@@ -34,15 +34,23 @@ FOLDS_BY_ARCHITECTURE = {
 
 
 class Smoothing:
-    """Scales every input that a fold serves at random, and keeps what the files would hold; rounds nothing."""
+    """Scales every input that a fold serves at random, and keeps what the files would hold; rounds nothing.
 
-    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+    enough: tokens that a Gram is to have.
+    """
+
+    def __init__(self, read: Callable[[str], torch.Tensor], enough: int | None = None) -> None:
+        self.enough = enough
+        self.statistics: list[Statistics] = []
         self.edits = FileEdits(read, {}, {})
         self.folds: list[FoldPlace] = []
         self.generator = torch.Generator().manual_seed(0)
 
     def wants(self, layers: Sequence[LinearLayer]) -> bool:
         return True
+
+    def tokens_for_gram(self, layers: Sequence[LinearLayer]) -> int | None:
+        return self.enough
 
     def solve(
         self,
@@ -52,6 +60,7 @@ class Smoothing:
         place: FoldPlace,
         sample: torch.Tensor,
     ) -> list[torch.Tensor | None]:
+        self.statistics.append(statistics)
         by_row = torch.exp(torch.randn(4096, generator=self.generator))
         s = absorb(place, torch.where(place.fold.rows >= 0, by_row[place.fold.rows], 1.0), self.edits).inputs
         assert float((s / s[0] - 1).abs().max()) > 0.1
@@ -62,16 +71,16 @@ class Smoothing:
         return [None] * len(layers)
 
 
-def smoothed(path: Path, memory_limit: int | None = None) -> Smoothing:
+def smoothed(path: Path, memory_limit: int | None = None, **options: Any) -> Smoothing:
     checkpoint = open_checkpoint(path)
     found, _ = find_layers(checkpoint.headers, checkpoint.config)
     layers = [layer for layer in found if layer.default_skip is None and layer.block is not None]
     with TensorReader(checkpoint) as reader:
         skeleton = Skeleton(build_model(path, torch.float32), checkpoint, reader)
-        smoothing = Smoothing(reader.read)
+        smoothing = Smoothing(reader.read, options.pop("enough", None))
         for _ in run_blocks(
             skeleton, token_ids(4, 56), layers, lambda layers, weights, statistics: [None] * len(layers),
-            folding=smoothing, memory_limit=memory_limit, folder=path,
+            folding=smoothing, memory_limit=memory_limit, folder=path, **options,
         ):  # fmt: skip
             pass
         tensors = {name: smoothing.edits.stored(name) for name in checkpoint.tensors}
@@ -103,6 +112,14 @@ def test_smoothing_changes_no_logits_where_states_wait_in_a_file(tmp_path: Path)
         assert len(smoothed(path, memory_limit=0).folds) == 4 * BLOCKS
         after = whole_model(path, torch.float32)(ids).logits
     assert float((after - before).abs().max() / before.abs().max()) < 1e-4
+
+
+def test_a_gram_that_only_ranks_has_a_part_of_the_tokens_and_the_maxima_have_all(tmp_path: Path) -> None:
+    whole = smoothed(save_tiny(tmp_path / "whole", "llama", torch.float32), micro_batch=1).statistics[0]
+    part = smoothed(save_tiny(tmp_path / "part", "llama", torch.float32), micro_batch=1, enough=57).statistics[0]
+    assert (whole.tokens, part.tokens) == (4 * 56, 2 * 56)
+    assert torch.equal(whole.absmax, part.absmax) and torch.allclose(whole.absmean, part.absmean)
+    assert float((2 * part.gram - whole.gram).norm() / whole.gram.norm()) < 0.5
 
 
 class Norm(nn.Module):

@@ -47,6 +47,24 @@ def test_weights_count_in_the_gram_and_nowhere_else(width: int) -> None:
     assert np.array_equal(found.absmax.double().numpy(), np.abs(exact).max(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_which_only_magnitudes_count_are_in_those_and_not_in_the_gram(dtype: torch.dtype) -> None:
+    rows = rows_of(300, 40, dtype)
+    accumulator = StatisticsAccumulator(40)
+    accumulator.add(rows[:100])
+    accumulator.add_magnitudes(rows[100:].view(2, 100, 40))
+    found, alone = accumulator.finish(), StatisticsAccumulator(40)
+    alone.add(rows[:100])
+    assert torch.equal(found.gram, alone.finish().gram)
+    assert found.tokens == found.effective_tokens == 100
+    assert torch.equal(found.absmax, rows.float().abs().amax(0))
+    assert found.absmean.numpy() == pytest.approx(rows.double().abs().mean(0).numpy(), rel=1e-5)
+    accumulator = StatisticsAccumulator(40)
+    rows[7, 3] = torch.nan
+    accumulator.add_magnitudes(rows)
+    assert bool(accumulator.finish().absmax[3].isnan())
+
+
 def weighted_gram(rows: torch.Tensor, weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """What is found, made whole, and what fp64 finds."""
     accumulator = StatisticsAccumulator(rows.shape[1])

@@ -6,7 +6,7 @@ multiplied in their place.
 "auto" compares values of α by the error of the output that rounding to 8 bits makes: of the weights by H, and of the
 activations by each token's largest channel, seen on a sample of tokens. Rounding with step r/127 errs by its square /
 12 on each channel, independent of the others, and a row of Ŵ adds that up.
-Needs: maxima; for "auto" Gram and sample. Cost: O(candidates · (rows + tokens) · K) + O(N · K²).
+Needs: maxima; for "auto" a Gram of some tokens, and a sample. Cost: O(candidates · (rows + tokens) · K) + O(rows · K²).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fewbits.transforms.balancing import STEPS, balance_both
 from fewbits.transforms.problem import ScaleProblem
 
 ALPHAS = 20
-RANKED_ROWS = 256
+# Rows of the weight that candidates are ranked by with diag(H), and the best of them confirmed by with H.
+RANKED_ROWS, CONFIRMED_ROWS = 256, 512
 CONFIRMED = 3
 BALANCED = True
 BALANCED_TOKENS = 512
@@ -42,7 +43,8 @@ def find_scales(problem: ScaleProblem) -> torch.Tensor:
     best = [candidates[index] for index in order]
     if BALANCED:
         best.append(_balanced(problem, rows, best[0]))
-    confirmed = [_loss(problem, problem.W, s, problem.statistics.gram) for s in best]
+    rows = problem.some_rows(CONFIRMED_ROWS)
+    confirmed = [_loss(problem, rows, s, problem.statistics.gram) for s in best]
     return best[confirmed.index(min(confirmed))]
 
 
