@@ -41,13 +41,12 @@ class _Coupled:
 def solve_in_turn(
     W: torch.Tensor, couplings: Sequence[torch.Tensor], scheme: Scheme, solve_rows: Callable[[torch.Tensor], Grid]
 ) -> Grid:
-    """Solve the rows of W [N, K], fp32.
+    """Solve the rows of W [N, K], fp32, which is written over.
 
     Args:
         couplings: G of runs of neighbouring rows that make up all rows, fp32 [rows, rows] each.
         solve_rows: the codes of some rows fp32 [n, K], each solved on its own.
     """
-    remaining = W.clone()
     coupled = list(_coupled(couplings))
     parts: list[Grid] = []
     order: list[torch.Tensor] = []
@@ -55,13 +54,13 @@ def solve_in_turn(
         begin = step * ROWS
         present = [each for each in coupled if len(each.rows) > begin]
         rows = torch.cat([each.rows[begin : begin + ROWS] for each in present])
-        targets = remaining[rows]
+        targets = W[rows]
         grid = solve_rows(targets)
         missed = targets.sub_(decode_codes(*grid, scheme))
         start = 0
         for each in present:
             count = min(ROWS, len(each.rows) - begin)
-            _push(each, begin, missed[start : start + count], remaining)
+            _push(each, begin, missed[start : start + count], W)
             start += count
         parts.append(grid)
         order.append(rows)

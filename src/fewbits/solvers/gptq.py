@@ -106,7 +106,7 @@ def solve(
     rows_solver = _Rows(H, turned, factor, order, diagonal, scheme, scale_dtype, options)
     if not couplings:
         return joined([rows_solver.solution(W[part].float()) for part in parts])
-    grid = solve_in_turn(W.float(), couplings, scheme, lambda rows: rows_solver.choose(rows)[0])
+    grid = solve_in_turn(W.to(torch.float32, copy=True), couplings, scheme, lambda rows: rows_solver.choose(rows)[0])
     return joined([_solution(W[part].float(), _part(grid, part), scheme, H, rows_solver.notes) for part in parts])
 
 
