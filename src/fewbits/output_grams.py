@@ -16,7 +16,7 @@ import torch
 from fewbits.statistics import StatisticsAccumulator
 
 # Neighbouring outputs that may be coupled.
-COUPLED = 512
+COUPLED = 1024
 
 
 def coupled_runs(outputs: int) -> list[slice]:

@@ -11,8 +11,7 @@ Needs: Gram, output Grams. Cost: that of solving the rows, O(N · K · coupled r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,63 +29,58 @@ ROWS = 64
 Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-@dataclass(frozen=True)
 class _Coupled:
-    """Rows coupled to each other, in the order in which they are solved, and the factor U of their G⁻¹."""
+    """Rows coupled to each other, those that matter most first, while others can still make up for them."""
 
-    rows: torch.Tensor
-    U: torch.Tensor | None
+    def __init__(self, rows: torch.Tensor, G: torch.Tensor, first: int) -> None:
+        order = G.diagonal().argsort(descending=True, stable=True)
+        factor = inverse_factor(G[order][:, order], DAMPING)
+        self.places = order + first
+        self._U = None if factor is None else factor.U
+        self._targets = rows[order].float()
+
+    def targets(self, begin: int) -> torch.Tensor:
+        """What a step's rows are to be, fp32 [up to ROWS, K]."""
+        return self._targets[begin : begin + ROWS]
+
+    def missed(self, begin: int, missed: torch.Tensor) -> None:
+        """Have the rows that are still to come make up for what those of a step missed."""
+        end = begin + len(missed)
+        if self._U is None or end == len(self.places):
+            return
+        with fast_fp32():
+            shares = torch.linalg.solve_triangular(self._U[begin:end, begin:end], self._U[begin:end, end:], upper=True)
+            self._targets[end:].addmm_(shares.T, missed, alpha=-1)
 
 
 def solve_in_turn(
     W: torch.Tensor, couplings: Sequence[torch.Tensor], scheme: Scheme, solve_rows: Callable[[torch.Tensor], Grid]
 ) -> Grid:
-    """Solve the rows of W [N, K], fp32, which is written over.
+    """Solve the rows of W [N, K].
 
     Args:
         couplings: G of runs of neighbouring rows that make up all rows, fp32 [rows, rows] each.
         solve_rows: the codes of some rows fp32 [n, K], each solved on its own.
     """
-    coupled = list(_coupled(couplings))
+    coupled: list[_Coupled] = []
+    first = 0
+    for G in couplings:
+        coupled.append(_Coupled(W[first : first + len(G)], G, first))
+        first += len(G)
     parts: list[Grid] = []
     order: list[torch.Tensor] = []
-    for step in range(max(-(-len(each.rows) // ROWS) for each in coupled)):
-        begin = step * ROWS
-        present = [each for each in coupled if len(each.rows) > begin]
-        rows = torch.cat([each.rows[begin : begin + ROWS] for each in present])
-        targets = W[rows]
+    for begin in range(0, max(len(each.places) for each in coupled), ROWS):
+        present = [each for each in coupled if len(each.places) > begin]
+        targets = torch.cat([each.targets(begin) for each in present])
         grid = solve_rows(targets)
         missed = targets.sub_(decode_codes(*grid, scheme))
-        start = 0
-        for each in present:
-            count = min(ROWS, len(each.rows) - begin)
-            _push(each, begin, missed[start : start + count], W)
-            start += count
+        for each, rows in zip(
+            present, torch.split(missed, [len(each.targets(begin)) for each in present]), strict=True
+        ):
+            each.missed(begin, rows)
         parts.append(grid)
-        order.append(rows)
+        order += [each.places[begin : begin + ROWS] for each in present]
     return _in_order(parts, torch.cat(order).argsort())
-
-
-def _coupled(couplings: Sequence[torch.Tensor]) -> Iterator[_Coupled]:
-    start = 0
-    for G in couplings:
-        # The rows that matter most come first, while others can still make up for them.
-        order = G.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(G[order][:, order], DAMPING)
-        yield _Coupled(order + start, None if factor is None else factor.U)
-        start += len(G)
-
-
-def _push(coupled: _Coupled, begin: int, missed: torch.Tensor, remaining: torch.Tensor) -> None:
-    """Have the rows that are still to come make up for what those from `begin` on missed."""
-    end = begin + len(missed)
-    later = coupled.rows[end:]
-    if coupled.U is None or len(later) == 0:
-        return
-    block = coupled.U[begin:end, begin:end]
-    with fast_fp32():
-        shares = torch.linalg.solve_triangular(block, coupled.U[begin:end, end:], upper=True)
-        remaining[later] -= shares.T @ missed
 
 
 def _in_order(parts: Sequence[Grid], places: torch.Tensor) -> Grid:

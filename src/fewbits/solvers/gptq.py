@@ -32,9 +32,8 @@ BLOCK = 128
 PANEL = 512
 # Weights of the rows solved at a time: each step of the way has a copy of them in fp32.
 ROW_NUMBERS = 1 << 24
-# Rows compared with plain rounding; only if one of them came out worse, all are. From 4 bits on, none has been seen to,
-# and no more than one in eight is looked at.
-SAMPLED_ROWS, SPARSE = 64, 8
+# Rows compared with plain rounding; only if one of them came out worse, all are.
+SAMPLED_ROWS = 64
 
 # Of scales that are fixed beforehand, by rounding errors weighted with diag(H).
 DEFAULT_SEARCH = Search(steps=31, narrowest=0.8, power=2)
@@ -106,7 +105,7 @@ def solve(
     rows_solver = _Rows(H, turned, factor, order, diagonal, scheme, scale_dtype, options)
     if not couplings:
         return joined([rows_solver.solution(W[part].float()) for part in parts])
-    grid = solve_in_turn(W.to(torch.float32, copy=True), couplings, scheme, lambda rows: rows_solver.choose(rows)[0])
+    grid = solve_in_turn(W, couplings, scheme, rows_solver.choose_few)
     return joined([_solution(W[part].float(), _part(grid, part), scheme, H, rows_solver.notes) for part in parts])
 
 
@@ -140,13 +139,24 @@ class _Rows:
 
     def choose(self, W: torch.Tensor) -> tuple[Grid, Damped | None]:
         """Codes of rows fp32 [n, K], and their loss by the damped H, where that is known."""
+        solved, loss = self._compensated(W)
+        if _restore_worse_rows(W, solved, self._scheme, self._options.search, self._H) or not self._can_descend:
+            return solved, None
+        return solved, (loss, self._diagonal - self._H.diagonal() + self._factor.damping)
+
+    def choose_few(self, W: torch.Tensor) -> Grid:
+        """Codes of so few rows that looking at some of them costs; from 4 bits on none came out worse than rounded."""
+        solved, _ = self._compensated(W)
+        if self._scheme.bits < 4:
+            _restore_worse_rows(W, solved, self._scheme, self._options.search, self._H)
+        return solved
+
+    def _compensated(self, W: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         scheme, options = self._scheme, self._options
         solved, loss = _sweep(W, self._factor.U, self._order, self._diagonal, scheme, self._scale_dtype, options)
         if self._can_descend:
             loss -= _descend(W, solved, self._turned, self._order, scheme, options.passes)
-        if _restore_worse_rows(W, solved, scheme, options.search, self._H) or not self._can_descend:
-            return solved, None
-        return solved, (loss, self._diagonal - self._H.diagonal() + self._factor.damping)
+        return solved, loss
 
 
 def _part(grid: Grid, rows: slice) -> Grid:
@@ -262,7 +272,7 @@ def _rounded(
 
 def _restore_worse_rows(W: torch.Tensor, solved: Grid, scheme: Scheme, search: Search, H: torch.Tensor) -> bool:
     """Round plainly, in place, the rows that came out worse than that by H: at 2 bits some do. Says whether any did."""
-    rows = torch.arange(0, len(W), max(SPARSE if scheme.bits >= 4 else 1, len(W) // SAMPLED_ROWS))
+    rows = torch.arange(0, len(W), max(1, len(W) // SAMPLED_ROWS))
     while True:
         codes, scales, zeros = (None if part is None else part[rows] for part in solved)
         assert codes is not None and scales is not None
