@@ -1,29 +1,17 @@
 """Output Grams: which outputs of a linear the loss feels alike.
 
 G = Σ gₜ gₜᵀ / ‖gₜ‖ over tokens, gₜ the loss's gradient at the outputs. As with inputs (`token_weights.py`), the root
-tames the few tokens that would make up most of the sum. Outputs far apart are taken as uncoupled: only blocks of at
-most COUPLED along the diagonal are kept, so that memory grows with the number of outputs, not with its square.
+tames the few tokens that would make up most of the sum. Outputs far apart are taken as uncoupled: only blocks along
+the diagonal are kept (`coupled_runs.py`), so that memory grows with the number of outputs, not with its square.
 Source: Tseng et al. 2025, arXiv 2505.22988 (YAQA); differs by the root and the blocks.
 """
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
-
 import torch
 
+from fewbits.coupled_runs import coupled_runs
 from fewbits.statistics import StatisticsAccumulator
-
-# Neighbouring outputs that may be coupled.
-COUPLED = 1024
-
-
-def coupled_runs(outputs: int) -> list[slice]:
-    """Runs of neighbouring outputs, as even as can be, that are coupled among themselves."""
-    count = math.ceil(outputs / COUPLED)
-    edges = [round(outputs * index / count) for index in range(count + 1)]
-    return [slice(*ends) for ends in pairwise(edges)]
 
 
 def split(flat: torch.Tensor, outputs: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fewbits.coupled_runs import gram_numbers
 from fewbits.layers import LinearLayer, block_index
 from fewbits.layout import TensorEntry
 from fewbits.methods import QuantMethod
@@ -69,8 +70,17 @@ def pass_bytes(
     weighing = 0
     if size.importance:
         kept = min(IMPORTANCE_STATES_BYTES, len(blocks) * stream)
-        weighing = block * BF16 + kept + max(outside) * BF16 + IMPORTANCE_LOGITS_BYTES
+        weighing = block * BF16 + kept + max(outside) * BF16 + IMPORTANCE_LOGITS_BYTES + _output_gram_bytes(solved)
     return PROCESS_BYTES + max(starting, weighing, int(OVERHEAD * max(probing, solving)))
+
+
+def _output_gram_bytes(solved: Iterable[tuple[LinearLayer, QuantMethod]]) -> int:
+    """Of the block that has the most."""
+    by_block: dict[int | None, int] = {}
+    for layer, method in solved:
+        if method.solver_name == "gptq":
+            by_block[layer.block] = by_block.get(layer.block, 0) + FP32 * gram_numbers(layer.out_features)
+    return max(by_block.values(), default=0)
 
 
 def _parameters(entry: TensorEntry) -> int:

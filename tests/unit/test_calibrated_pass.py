@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from fewbits.calibrate import BlockDone, run_blocks
 from fewbits.checkpoints.reader import TensorReader, open_checkpoint
+from fewbits.coupled_runs import coupled_runs
 from fewbits.importance import measure_importance
 from fewbits.layers import LinearLayer, find_layers
-from fewbits.output_grams import coupled_runs, split
+from fewbits.output_grams import split
 from fewbits.skeleton import Skeleton, build_model
 from fewbits.states import load_states
 from fewbits.statistics import Statistics
@@ -216,7 +217,7 @@ def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: in
 def test_importance_and_output_grams_are_those_of_the_whole_models_gradients(
     architecture: str, memory_limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewbits.output_grams.COUPLED", 24)
+    monkeypatch.setattr("fewbits.coupled_runs.COUPLED", 24)
     path = save_tiny(tmp_path / "model", architecture, torch.float32)
     grams: dict[str, torch.Tensor] = {}
     blocks: list[int] = []
