@@ -29,16 +29,16 @@ HERE = Path(__file__).parent
 # By name: arguments of fewbits (with the group size where there is one), and of the peer; None where it has no such.
 OURS: dict[str, dict[str, list[str]]] = {
     "awq": {
-        "AWQ": ["--method", "awq"],
-        "AWQ, plain tokens": ["--method", "awq", "--importance", "none"],
+        "AWQ, weighed tokens": ["--method", "awq", "--importance", "loss"],
+        "AWQ, plain tokens": ["--method", "awq"],
         "AWQ then GPTQ": ["--method", "awq", "--solver", "gptq"],
         "GPTQ asymmetric": ["--method", "gptq", "--asymmetric"],
         "INT4": ["--method", "int4"],
     },
     "smoothquant": {
-        "SmoothQuant auto": ["--method", "smoothquant", "--alpha", "auto"],
-        "SmoothQuant auto, plain tokens": ["--method", "smoothquant", "--alpha", "auto", "--importance", "none"],
-        "SmoothQuant 0.5, plain tokens": ["--method", "smoothquant", "--alpha", "0.5", "--importance", "none"],
+        "SmoothQuant auto, weighed tokens": ["--method", "smoothquant", "--alpha", "auto", "--importance", "loss"],
+        "SmoothQuant auto, plain tokens": ["--method", "smoothquant", "--alpha", "auto"],
+        "SmoothQuant 0.5, plain tokens": ["--method", "smoothquant", "--alpha", "0.5"],
         "INT8": ["--method", "int8"],
     },
 }

@@ -86,8 +86,6 @@ def demo(
         for method in methods():
             reports[str(method)] = quantize(
                 source, out / method.short_name, QuantConfig(method), calibration, samples=SAMPLES, length=LENGTH,
-                # Weighing tokens takes as long as the rest; here only where it pays most.
-                importance="loss" if method.solver_name == "gptq" else "none",
                 overwrite=True, progress=watch,
             )  # fmt: skip
         folders = {name: report.out_dir for name, report in reports.items()}

@@ -65,6 +65,11 @@ class PlannedLayer:
         return self.method is not None and self.method.needs_calibration
 
     @property
+    def is_compensated(self) -> bool:
+        """Whether its codes make up for each other's errors, which is where weighing tokens pays."""
+        return self.method is not None and self.method.solver_name == "gptq"
+
+    @property
     def bits(self) -> float:
         """Bits per weight on disk, scales and zero points included."""
         return 8 * self.bytes_after / self.parameters
@@ -124,7 +129,7 @@ def plan(
     carry: Sequence[str] = (),
     samples: int = 128,
     length: int = 2048,
-    importance: str = "loss",
+    importance: str = "auto",
 ) -> Plan:
     """Say what `quantize` would do to the checkpoint in `model_dir`, from headers alone.
 
@@ -146,7 +151,6 @@ def plan(
     config.validate()
     if format not in FORMATS:
         raise PlanError(f"'{format}' is no format.", f"known are {', '.join(FORMATS)}")
-    calibration = CalibrationSize(samples, length, importance == "loss")
     checkpoint = open_checkpoint(model_dir)
     linears, notes = find_layers(checkpoint.headers, checkpoint.config)
     _refuse_unmatched(config, checkpoint, linears)
@@ -168,6 +172,8 @@ def plan(
         )
     unlike = _unlike_fusions(layers)
     notes += [Note(fusion, "engines that fuse these layers will refuse them", "unlike schemes") for fusion in unlike]
+    by_loss = importance == "loss" or (importance == "auto" and any(layer.is_compensated for layer in layers))
+    calibration = CalibrationSize(samples, length, by_loss)
     planned_schemes = [
         PlannedScheme(layer.name, *layer.shape, layer.method.scheme) for layer in layers if layer.method is not None
     ]

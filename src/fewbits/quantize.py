@@ -36,7 +36,7 @@ def quantize(
     format: str = DEFAULT_FORMAT,
     samples: int = 128,
     length: int = 2048,
-    importance: Literal["loss", "none"] = "loss",
+    importance: Literal["auto", "loss", "none"] = "auto",
     seed: int = 0,
     memory_limit: int | None = None,
     device: str = "cpu",
@@ -57,7 +57,8 @@ def quantize(
         calibration: text (or token ids) for methods that look at activations; "self" has the model write its own.
         format: how the result lies on disk: "compressed-tensors", "gptq" or "awq" (docs/formats.md).
         samples, length: how many samples of how many tokens of it are used.
-        importance: "loss" weighs tokens by how much the loss cares about them; "none" counts all alike.
+        importance: "loss" weighs tokens by how much the loss cares about them; "none" counts all alike; "auto" is
+            "loss" where a method's solver is GPTQ.
         seed: of the labels that importance draws, and of text that the model writes itself.
         memory_limit: bytes that hidden states of calibration data may take in memory; past them they wait in a file and
             every block runs twice, with a note. None sets no limit.
@@ -86,8 +87,9 @@ def quantize(
         raise PlanError(f"strict: {planned.notes[0]}", "resolve it in the config, or run without --strict")
     text = None
     if needing and calibration is not None:
+        weighed = "loss" if planned.calibration.importance else "none"
         text = _calibration_choice(
-            calibration, model_dir, samples, length, importance, seed, memory_limit, device, progress or Silent()
+            calibration, model_dir, samples, length, weighed, seed, memory_limit, device, progress or Silent()
         )
     with PartialFolder(out_dir, planned.source, planned.bytes_after, overwrite=overwrite) as folder:
         with Journal.open(folder.path, _fingerprint(planned, text)) as journal:

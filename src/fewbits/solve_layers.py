@@ -157,6 +157,9 @@ def _rounded_together(
 ) -> dict[str, SolvedLayer]:
     """Round each on its own, its scales searched for the inputs that were seen."""
     importance = statistics.gram.diagonal()
+    if statistics.tokens < len(importance):
+        what = f"scales searched on {statistics.tokens} tokens for {len(importance)} inputs"
+        notes.append(Note(layers[0].name, what, "fewer than its width: give more text"))
     solved = {}
     for layer, weight in zip(layers, weights, strict=True):
         wide = weight.float()

@@ -206,6 +206,31 @@ def test_experts_say_that_their_norm_has_other_readers(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("method", "chosen"),
+    [(AWQ(16), "none"), (SmoothQuant(), "none"), (AWQ(16, "gptq"), "loss"), (GPTQ(4, 16), "loss")],
+    ids=str,
+)
+def test_tokens_are_weighed_where_gptq_solves_unless_it_is_said_otherwise(
+    tmp_path: Path, method: QuantMethod, chosen: str
+) -> None:
+    model = save_tiny(tmp_path / "model", "llama")
+    report = quantized(model, tmp_path / "out", method)
+    assert report.calibration is not None and report.calibration["importance"] == chosen
+    assert (report.stages["importance_s"] > 0) == (chosen == "loss")
+    other = {"none": "loss", "loss": "none"}[chosen]
+    report = quantized(model, tmp_path / "other", method, importance=other)
+    assert report.calibration is not None and report.calibration["importance"] == other
+
+
+def test_scales_searched_on_too_few_tokens_are_noted(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "llama")
+    report = quantized(model, tmp_path / "out", AWQ(16), samples=1, length=32)
+    down = [note for note in report.notes if note.layer == DOWN]
+    assert [note.what for note in down] == ["scales searched on 32 tokens for 64 inputs"]
+    assert len(report.notes) == BLOCKS
+
+
 def test_strict_makes_a_missing_fold_an_error(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", "olmo2")
     with pytest.raises(PlanError, match=r"strict: model.layers.0.self_attn.q_proj: its input channels are not scaled"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class Importance(StrEnum):
     """How calibration tokens are weighed."""
 
+    auto = "auto"
     loss = "loss"
     none = "none"
 
@@ -48,8 +49,11 @@ def quantize(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")] = 128,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a sample.")] = 2048,
     importance: Annotated[
-        Importance, typer.Option("--importance", help="Weigh tokens by how much the loss cares about them.")
-    ] = Importance.loss,
+        Importance,
+        typer.Option(
+            "--importance", help="Weigh tokens by how much the loss cares about them; auto: where GPTQ solves."
+        ),
+    ] = Importance.auto,
     seed: Annotated[int, typer.Option("--seed", help="Of the labels that importance draws.")] = 0,
     memory: Annotated[
         str | None,
