@@ -37,8 +37,6 @@ from fewbits.speed import read_bandwidth
 RESULTS = Path(__file__).parent / "results" / "inference.jsonl"
 SAMPLES = "samples.jsonl"
 BASELINE = "transformers bf16"
-# Tokens that a side writes, after a whole prompt, before it is timed.
-WARMING = 4
 HEAD = {"lm_head": Int8Symmetric(activations=None)}
 # What llama.cpp's quantizer makes of the head is 6 or 8 bits, so both sides have a packed head as well.
 CONFIGS: dict[str, Callable[[int], QuantConfig]] = {
@@ -177,7 +175,8 @@ def sides_of(folder: Path, source: Path, args: argparse.Namespace) -> dict[str, 
         if args.only and name not in args.only:
             continue
         generator = make_generator()
-        generator_rates(generator, args.prompt, WARMING)
+        # As long as what is timed: a longer stream would make the token's program anew.
+        generator_rates(generator, args.prompt, args.tokens)
         sides[name] = lambda generator=generator: generator_rates(generator, args.prompt, args.tokens)
     for file in sorted(folder.glob("Q*.gguf")) if args.llama_bench else []:
         if not args.only or f"llama.cpp {file.stem}" in args.only:
