@@ -30,6 +30,8 @@ from fewbits.transforms.ties import Ties
 TOKENS_PER_CHANNEL = 4
 # Times channels per effective token: the damping that GPTQ needs where this is more than the usual 1 %.
 DAMPING_PER_CHANNEL_AND_TOKEN = 0.07
+# The same for output Grams by coupled outputs per token: gradients are drawn once a token, and noisier than inputs.
+DAMPING_PER_OUTPUT_AND_TOKEN = 3.0
 # Narrow, since clipping further lowers the layer's error and raises the model's.
 CLIP_SEARCH = Search(steps=31, narrowest=0.8, power=2)
 # The output Grams of a layer, as `output_grams.split` gives them; None if there are none.
@@ -193,6 +195,12 @@ def _damping(statistics: Statistics) -> float:
     return max(gptq.DEFAULTS.damping, DAMPING_PER_CHANNEL_AND_TOKEN * channels_per_token)
 
 
+def _coupling_damping(couplings: Sequence[torch.Tensor], statistics: Statistics) -> float:
+    """Share of the mean diagonal, for the widest of the output Grams."""
+    outputs_per_token = max((len(G) for G in couplings), default=0) / max(statistics.tokens, 1)
+    return max(gptq.DEFAULTS.coupling_damping, DAMPING_PER_OUTPUT_AND_TOKEN * outputs_per_token)
+
+
 def _solved_together(
     layers: Sequence[LinearLayer],
     weights: Sequence[torch.Tensor],
@@ -210,7 +218,9 @@ def _solved_together(
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
     stacked = torch.cat(list(weights))
     H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
-    options = replace(gptq.DEFAULTS, damping=_damping(statistics))
+    options = replace(
+        gptq.DEFAULTS, damping=_damping(statistics), coupling_damping=_coupling_damping(couplings, statistics)
+    )
     solution = (
         gptq.solve(stacked, method.scheme, scale_dtype, H, options, couplings)
         if s is None

@@ -55,7 +55,7 @@ def naive(W: np.ndarray, G: np.ndarray, rows: int) -> np.ndarray:
 def test_it_is_the_loop_that_inverts_again_for_every_step(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(coupled, "ROWS", rows)
     W, couplings = weight(36), [spread(1, 24, 96), spread(2, 12, 96)]
-    found = decode_codes(*solve_in_turn(W, couplings, SCHEME, rounded), SCHEME)
+    found = decode_codes(*solve_in_turn(W, couplings, coupled.DAMPING, SCHEME, rounded), SCHEME)
     pairs = zip(W.split([24, 12]), couplings, strict=True)
     parts = [naive(part.double().numpy(), G.double().numpy(), rows) for part, G in pairs]
     expected = torch.from_numpy(np.concatenate(parts)).float()

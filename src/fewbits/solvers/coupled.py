@@ -20,7 +20,7 @@ from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
 from fewbits.solvers.factorization import inverse_factor
 
-# Share of the mean diagonal of G. Gradients are drawn once a token and G is noisy: docs/methods/gptq.md.
+# Share of the mean diagonal of G that is added to it, at least.
 DAMPING = 0.1
 # Coupled rows solved at a time, as if they were not coupled to each other.
 ROWS = 64
@@ -32,9 +32,9 @@ Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class _Coupled:
     """Rows coupled to each other, those that matter most first, while others can still make up for them."""
 
-    def __init__(self, rows: torch.Tensor, G: torch.Tensor, first: int) -> None:
+    def __init__(self, rows: torch.Tensor, G: torch.Tensor, first: int, damping: float) -> None:
         order = G.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(G[order][:, order], DAMPING)
+        factor = inverse_factor(G[order][:, order], damping)
         self.places = order + first
         self._U = None if factor is None else factor.U
         self._targets = rows[order].float()
@@ -54,18 +54,23 @@ class _Coupled:
 
 
 def solve_in_turn(
-    W: torch.Tensor, couplings: Sequence[torch.Tensor], scheme: Scheme, solve_rows: Callable[[torch.Tensor], Grid]
+    W: torch.Tensor,
+    couplings: Sequence[torch.Tensor],
+    damping: float,
+    scheme: Scheme,
+    solve_rows: Callable[[torch.Tensor], Grid],
 ) -> Grid:
     """Solve the rows of W [N, K].
 
     Args:
         couplings: G of runs of neighbouring rows that make up all rows, fp32 [rows, rows] each.
+        damping: share of G's mean diagonal that is added to it.
         solve_rows: the codes of some rows fp32 [n, K], each solved on its own.
     """
     coupled: list[_Coupled] = []
     first = 0
     for G in couplings:
-        coupled.append(_Coupled(W[first : first + len(G)], G, first))
+        coupled.append(_Coupled(W[first : first + len(G)], G, first, damping))
         first += len(G)
     parts: list[Grid] = []
     order: list[torch.Tensor] = []

@@ -22,6 +22,7 @@ from fewbits.kernels.rounding import search_grid
 from fewbits.numerics import Search, candidate_grids
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
+from fewbits.solvers import coupled
 from fewbits.solvers.coupled import solve_in_turn
 from fewbits.solvers.factorization import DAMPING, Factor, inverse_factor
 from fewbits.solvers.solution import Solution, joined
@@ -47,7 +48,8 @@ class GptqOptions:
 
     ordered: channels by diag(H) within a group, groups by their largest. refit: scales from compensated weights.
     search: factors of the range that are tried by rounding. swept: those tried by sweeping the group; None to take
-    the best by rounding. passes: of coordinate descent. damping: share of the mean diagonal.
+    the best by rounding. passes: of coordinate descent. damping: share of the mean diagonal. coupling_damping: the same
+    for output Grams.
     """
 
     ordered: bool = True
@@ -56,6 +58,7 @@ class GptqOptions:
     swept: Search | None = SWEPT_SEARCH
     passes: int = 3
     damping: float = DAMPING
+    coupling_damping: float = coupled.DAMPING
 
 
 DEFAULTS = GptqOptions()
@@ -105,7 +108,7 @@ def solve(
     rows_solver = _Rows(H, turned, factor, order, diagonal, scheme, scale_dtype, options)
     if not couplings:
         return joined([rows_solver.solution(W[part].float()) for part in parts])
-    grid = solve_in_turn(W, couplings, scheme, rows_solver.choose_few)
+    grid = solve_in_turn(W, couplings, options.coupling_damping, scheme, rows_solver.choose_few)
     return joined([_solution(W[part].float(), _part(grid, part), scheme, H, rows_solver.notes) for part in parts])
 
 
