@@ -66,6 +66,10 @@ class Smoothing:
         """Everything."""
         return True
 
+    def tokens_for_gram(self, layers: Sequence[LinearLayer]) -> int | None:
+        """All."""
+        return None
+
     def solve(
         self,
         layers: Sequence[LinearLayer],
