@@ -14,6 +14,9 @@ from fewbits.methods import QuantMethod
 from fewbits.schemes import Scheme
 from fewbits.tensors import QuantizedWeight
 
+# Codes widened to 64 bits at a time.
+WIDENED = 1 << 22
+
 
 def words_for(count: int, bits: int) -> int:
     """32-bit words that hold `count` fields.
@@ -30,6 +33,14 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     >>> [hex(word) for word in pack_rows(torch.arange(8, dtype=torch.uint8)[None], 4)[0].tolist()]
     ['0x76543210']
     """
+    return torch.cat([_packed(part, bits) for part in torch.split(codes, _rows_at_a_time(codes.shape[1]))])
+
+
+def _rows_at_a_time(columns: int) -> int:
+    return max(1, WIDENED // max(columns, 1))
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = codes.shape
     # The pattern of fields and words repeats after `period` fields, which fill `words` words exactly.
     period = 32 // math.gcd(32, bits)
@@ -53,6 +64,10 @@ def _signed_words(words: torch.Tensor) -> torch.Tensor:
 
 def unpack_rows(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Inverse of `pack_rows`: uint8 [R, columns]."""
+    return torch.cat([_unpacked(part, bits, columns) for part in torch.split(words, _rows_at_a_time(columns))])
+
+
+def _unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     rows = words.shape[0]
     period = 32 // math.gcd(32, bits)
     per_period = period * bits // 32

@@ -100,7 +100,8 @@ def solve_group(
         assert statistics is not None
         stack = [layers[i] for i in members], [weights[i] for i in members]
         if _method(planned, stack[0]).solver_name == "gptq":
-            solved |= _solved_together(*stack, statistics, planned, notes, s, _couplings(stack[0], coupling))
+            couplings, last = _couplings(stack[0], coupling), len(stacks) == 1
+            solved |= _solved_together(*stack, statistics, planned, notes, s, couplings, keep_gram=not last)
         else:
             solved |= _rounded_together(*stack, statistics, planned, notes, s)
     for name, found in solved.items():
@@ -209,6 +210,8 @@ def _solved_together(
     notes: list[Note],
     s: torch.Tensor | None,
     couplings: Sequence[torch.Tensor],
+    *,
+    keep_gram: bool,
 ) -> dict[str, SolvedLayer]:
     first = planned[layers[0].name]
     method = first.method
@@ -222,9 +225,11 @@ def _solved_together(
         gptq.DEFAULTS, damping=_damping(statistics), coupling_damping=_coupling_damping(couplings, statistics)
     )
     solution = (
-        gptq.solve(stacked, method.scheme, scale_dtype, H, options, couplings)
+        gptq.solve(stacked, method.scheme, scale_dtype, H, options, couplings, keep_gram=keep_gram)
         if s is None
-        else gptq.solve(stacked.float() * s, method.scheme, scale_dtype, H / s / s[:, None], options, couplings)
+        else gptq.solve(
+            stacked.float() * s, method.scheme, scale_dtype, H / s / s[:, None], options, couplings, keep_gram=False
+        )
     )
     notes += [Note(layers[0].name, what, why) for what, why in solution.notes]
     decoded = None if s is None else solution.decoded / s

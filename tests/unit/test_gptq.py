@@ -168,6 +168,18 @@ def test_rows_may_be_solved_in_parts(monkeypatch: pytest.MonkeyPatch, scheme: Sc
     assert parts.output_norm.shape == whole.output_error.shape == (300,)
 
 
+@pytest.mark.parametrize("tokens", [4, 256])
+def test_a_gram_that_may_be_written_over_gives_the_same_solution(tokens: int) -> None:
+    W, H, scheme = weight(), gram(tokens=tokens), Scheme("int", 4, False, GROUP)
+    given = H.clone()
+    kept = solve(W, scheme, BF16, H)
+    assert torch.equal(H, given)
+    spent = solve(W, scheme, BF16, H, keep_gram=False)
+    assert torch.equal(spent.codes, kept.codes) and torch.equal(spent.scales, kept.scales)
+    assert kept.output_error is not None and spent.output_error is not None
+    assert torch.equal(spent.output_error, kept.output_error)
+
+
 def test_blocks_of_columns_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H, scheme = weight(), gram(), Scheme("int", 4, True, 0)
     whole = solve(W, scheme, torch.float32, H, plainest())

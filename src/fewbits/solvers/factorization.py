@@ -17,6 +17,8 @@ DAMPING = 0.01
 DAMPING_STEPS = 5
 # Triangles this wide are inverted by substitution, wider ones by halves.
 SMALL_TRIANGLE = 256
+# Columns or rows that are multiplied by a triangle at a time.
+PANEL = 1024
 # Numbers turned around at a time.
 REVERSED = 1 << 20
 
@@ -30,17 +32,20 @@ class Factor:
     trouble: str | None
 
 
-def inverse_factor(H: torch.Tensor, damping: float = DAMPING) -> Factor | None:
+def inverse_factor(H: torch.Tensor, damping: float = DAMPING, memory: torch.Tensor | None = None) -> Factor | None:
     """Factor H⁻¹ of a symmetric, nearly positive semidefinite H [K, K]; None if nothing helps.
 
     Damps by the mean of the diagonal, ten times more on each failure; then in fp64; then with floored eigenvalues.
+
+    Args:
+        memory: fp32 [K, K] that is written over and that U lies in, in place of new memory.
     """
     mean = H.diagonal().mean().item()
     if not mean > 0:
         return None
     for step in range(DAMPING_STEPS):
         added = damping * 10**step * mean
-        U = _inverse_upper(H, added)
+        U = _inverse_upper(H, added, memory)
         if U is not None:
             return Factor(U, added, None if step == 0 else f"damping {damping * 10**step:g} of the mean diagonal")
     added = damping * mean
@@ -54,9 +59,12 @@ def inverse_factor(H: torch.Tensor, damping: float = DAMPING) -> Factor | None:
     return None if U is None else Factor(U.float(), added, "eigenvalues floored")
 
 
-def _inverse_upper(H: torch.Tensor, added: float) -> torch.Tensor | None:
+def _inverse_upper(H: torch.Tensor, added: float, memory: torch.Tensor | None = None) -> torch.Tensor | None:
     # One matrix for everything from here on: those this large set the peak memory of a whole run.
-    memory = H.flip(0, 1)
+    memory = torch.empty_like(H) if memory is None else memory
+    for start in range(0, len(H), SMALL_TRIANGLE):
+        rows = H[start : start + SMALL_TRIANGLE]
+        memory[len(H) - start - len(rows) : len(H) - start] = rows.flip(0, 1)
     memory.diagonal().add_(added)
     L, failed = memory.T, torch.empty((), dtype=torch.int32)
     # By columns, as LAPACK has it, L may replace what it is a factor of.
@@ -67,7 +75,8 @@ def _inverse_upper(H: torch.Tensor, added: float) -> torch.Tensor | None:
     U = memory.T
     with fast_fp32():
         _invert_upper(U)
-    return U if bool(torch.isfinite(U).all()) else None
+    # By its sum: looking at each number on its own would take another matrix.
+    return U if bool(torch.isfinite(U.sum())) else None
 
 
 def _reverse(numbers: torch.Tensor) -> None:
@@ -91,5 +100,10 @@ def _invert_upper(M: torch.Tensor) -> None:
     first, rest = slice(0, half), slice(half, size)
     _invert_upper(M[first, first])
     _invert_upper(M[rest, rest])
-    M[first, rest] = (M[first, first] @ M[first, rest]) @ M[rest, rest]
-    M[first, rest].neg_()
+    # In place, some columns and then some rows at a time: between the products lies no other matrix of this size.
+    for start in range(half, size, PANEL):
+        columns = slice(start, min(start + PANEL, size))
+        M[first, columns] = M[first, first] @ M[first, columns]
+    for start in range(0, half, PANEL):
+        rows = slice(start, min(start + PANEL, half))
+        M[rows, rest] = (M[rows, rest] @ M[rest, rest]).neg_()

@@ -32,7 +32,7 @@ BLOCK = 128
 # Columns of H multiplied at a time where its symmetry saves half.
 PANEL = 512
 # Weights of the rows solved at a time: each step of the way has a copy of them in fp32.
-ROW_NUMBERS = 1 << 24
+ROW_NUMBERS = 1 << 22
 # Rows compared with plain rounding; only if one of them came out worse, all are.
 SAMPLED_ROWS = 64
 
@@ -66,8 +66,6 @@ DEFAULTS = GptqOptions()
 
 # Codes uint8 [N, K], scales [N, G], zero points uint8 [N, G] or None.
 Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-# The loss of each row by H plus a diagonal, fp64 [N], and that diagonal, fp32 [K].
-Damped = tuple[torch.Tensor, torch.Tensor]
 
 
 def solve(
@@ -77,6 +75,8 @@ def solve(
     H: torch.Tensor,
     options: GptqOptions = DEFAULTS,
     couplings: Sequence[torch.Tensor] = (),
+    *,
+    keep_gram: bool = True,
 ) -> Solution:
     """Choose the codes of W [N, K] (all consumers of one input, stacked) given H [K, K].
 
@@ -84,32 +84,30 @@ def solve(
 
     Args:
         couplings: output Grams of runs of rows, in order (`coupled.py`); without them rows are independent.
+        keep_gram: False lets the solver write over H, which saves the memory of one more matrix of its size.
     """
     K = W.shape[1]
     some = max(BLOCK, ROW_NUMBERS // K)
     parts = [slice(start, start + some) for start in range(0, len(W), some)]
-    dead = H.diagonal() <= 0
-    living = H.clone()
-    living.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
-    diagonal = living.diagonal().clone()
-    order = _order(diagonal, scheme.group_size or K) if options.ordered else torch.arange(K)
-    # Matrices of this size are let go of as soon as they can be: they set the peak memory of a whole run.
-    living = living[order]
-    turned = living[:, order]
-    del living
-    factor = inverse_factor(turned, options.damping)
-
-    def plainly(rows: torch.Tensor) -> Solution:
-        notes = (("rounded plainly", "its statistic cannot be factored"),)
-        return _solution(rows, _rounded(rows, scheme, scale_dtype, options.search, diagonal), scheme, H, notes)
-
-    if factor is None:
-        return joined([plainly(W[part].float()) for part in parts])
-    rows_solver = _Rows(H, turned, factor, order, diagonal, scheme, scale_dtype, options)
-    if not couplings:
+    seen = H.diagonal().clone()
+    living = torch.where(seen > 0, seen, seen[seen > 0].mean() if bool((seen > 0).any()) else 1.0)
+    order = _order(living, scheme.group_size or K) if options.ordered else torch.arange(K)
+    turned = _turned(H, order)
+    turned.diagonal().copy_(living[order])
+    factor = inverse_factor(turned, options.damping, None if keep_gram else H)
+    rows_solver = _Rows(turned, factor, order, seen, living, scheme, scale_dtype, options)
+    if factor is None or not couplings:
         return joined([rows_solver.solution(W[part].float()) for part in parts])
     grid = solve_in_turn(W, couplings, options.coupling_damping, scheme, rows_solver.choose_few)
-    return joined([_solution(W[part].float(), _part(grid, part), scheme, H, rows_solver.notes) for part in parts])
+    return joined([rows_solver.judged(W[part].float(), _part(grid, part)) for part in parts])
+
+
+def _turned(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """H with its channels in `order`, a panel at a time: matrices this large set the peak memory of a whole run."""
+    turned = torch.empty_like(H)
+    for start in range(0, len(H), PANEL):
+        turned[start : start + PANEL] = H[order[start : start + PANEL]][:, order]
+    return turned
 
 
 class _Rows:
@@ -117,49 +115,96 @@ class _Rows:
 
     def __init__(
         self,
-        H: torch.Tensor,
         turned: torch.Tensor,
-        factor: Factor,
+        factor: Factor | None,
         order: torch.Tensor,
-        diagonal: torch.Tensor,
+        seen: torch.Tensor,
+        living: torch.Tensor,
         scheme: Scheme,
         scale_dtype: torch.dtype,
         options: GptqOptions,
     ) -> None:
-        """Take H, H with its channels in `order` as it was factored, and its diagonal, all before damping."""
-        self._H, self._turned, self._factor, self._order, self._diagonal = H, turned, factor, order, diagonal
+        """Take what one H says.
+
+        Args:
+            turned: H, its channels in `order`, as it was factored. seen: its diagonal. living: that which was factored.
+        """
+        self._turned, self._factor, self._order, self._seen, self._living = turned, factor, order, seen, living
         self._scheme, self._scale_dtype, self._options = scheme, scale_dtype, options
         # A doctored factor belongs to another H than this, by which steps could go astray.
-        self._can_descend = factor.trouble is None
-        self.notes = () if self._can_descend else (("solved with a doctored statistic", str(factor.trouble)),)
-        if self._can_descend:
+        self._can_descend = factor is not None and factor.trouble is None
+        self._notes: tuple[tuple[str, str], ...] = ()
+        # What `turned` has on its diagonal beyond H.
+        self._added = living - seen
+        if factor is None:
+            self._notes = (("rounded plainly", "its statistic cannot be factored"),)
+        elif factor.trouble is not None:
+            self._notes = (("solved with a doctored statistic", factor.trouble),)
+        else:
             turned.diagonal().add_(factor.damping)
+            self._added = self._added + factor.damping
 
     def solution(self, W: torch.Tensor) -> Solution:
         """The solution of rows fp32 [n, K]."""
-        solved, damped = self.choose(W)
-        return _solution(W, solved, self._scheme, self._H, self.notes, damped)
-
-    def choose(self, W: torch.Tensor) -> tuple[Grid, Damped | None]:
-        """Codes of rows fp32 [n, K], and their loss by the damped H, where that is known."""
-        solved, loss = self._compensated(W)
-        if _restore_worse_rows(W, solved, self._scheme, self._options.search, self._H) or not self._can_descend:
-            return solved, None
-        return solved, (loss, self._diagonal - self._H.diagonal() + self._factor.damping)
+        if self._factor is None:
+            return self.judged(W, self._rounded(W))
+        solved, loss = self._compensated(W, self._factor)
+        restored = self._restore_worse_rows(W, solved)
+        return self.judged(W, solved, None if restored or not self._can_descend else loss)
 
     def choose_few(self, W: torch.Tensor) -> Grid:
         """Codes of so few rows that looking at some of them costs; from 4 bits on none came out worse than rounded."""
-        solved, _ = self._compensated(W)
+        assert self._factor is not None
+        solved, _ = self._compensated(W, self._factor)
         if self._scheme.bits < 4:
-            _restore_worse_rows(W, solved, self._scheme, self._options.search, self._H)
+            self._restore_worse_rows(W, solved)
         return solved
 
-    def _compensated(self, W: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+    def judged(self, W: torch.Tensor, solved: Grid, loss: torch.Tensor | None = None) -> Solution:
+        """The solution with what it lost. loss: of each row by the damped H, fp64 [n], if it is known."""
+        missed = W - decode_codes(*solved, self._scheme)
+        error = self._losses(missed) if loss is None else (loss - missed.square() @ self._added).clamp_min(0)
+        return Solution(
+            self._scheme, *solved,
+            squared_error=missed.square().sum(1, dtype=torch.float64),
+            squared_norm=W.square().sum(1, dtype=torch.float64),
+            output_error=error,
+            output_norm=self._losses(W),
+            notes=self._notes,
+        )  # fmt: skip
+
+    def _compensated(self, W: torch.Tensor, factor: Factor) -> tuple[Grid, torch.Tensor]:
         scheme, options = self._scheme, self._options
-        solved, loss = _sweep(W, self._factor.U, self._order, self._diagonal, scheme, self._scale_dtype, options)
+        solved, loss = _sweep(W, factor.U, self._order, self._living, scheme, self._scale_dtype, options)
         if self._can_descend:
             loss -= _descend(W, solved, self._turned, self._order, scheme, options.passes)
         return solved, loss
+
+    def _losses(self, rows: torch.Tensor) -> torch.Tensor:
+        """The diagonal of rows · H · rowsᵀ, fp64 [n]."""
+        return (_quadratic(rows[:, self._order], self._turned) - rows.square() @ self._added).clamp_min(0)
+
+    def _rounded(self, W: torch.Tensor) -> Grid:
+        return _rounded(W, self._scheme, self._scale_dtype, self._options.search, self._living)
+
+    def _restore_worse_rows(self, W: torch.Tensor, solved: Grid) -> bool:
+        """Round plainly, in place, the rows that came out worse than that by H: at 2 bits some do. Says whether any."""
+        rows = torch.arange(0, len(W), max(1, len(W) // SAMPLED_ROWS))
+        while True:
+            codes, scales, zeros = (None if part is None else part[rows] for part in solved)
+            assert codes is not None and scales is not None
+            rounded = self._rounded(W[rows])
+            error = self._losses(W[rows] - decode_codes(codes, scales, zeros, self._scheme))
+            worse = error > self._losses(W[rows] - decode_codes(*rounded, self._scheme))
+            if not bool(worse.any()):
+                return False
+            if len(rows) == len(W):
+                break
+            rows = torch.arange(len(W))
+        for part, plain in zip(solved, rounded, strict=True):
+            if part is not None and plain is not None:
+                part[worse] = plain[worse]
+        return True
 
 
 def _part(grid: Grid, rows: slice) -> Grid:
@@ -273,26 +318,6 @@ def _rounded(
     return codes.to(torch.uint8).view(W.shape), scales, None if scheme.symmetric else zeros
 
 
-def _restore_worse_rows(W: torch.Tensor, solved: Grid, scheme: Scheme, search: Search, H: torch.Tensor) -> bool:
-    """Round plainly, in place, the rows that came out worse than that by H: at 2 bits some do. Says whether any did."""
-    rows = torch.arange(0, len(W), max(1, len(W) // SAMPLED_ROWS))
-    while True:
-        codes, scales, zeros = (None if part is None else part[rows] for part in solved)
-        assert codes is not None and scales is not None
-        rounded = _rounded(W[rows], scheme, scales.dtype, search, H.diagonal())
-        error = _quadratic(W[rows] - decode_codes(codes, scales, zeros, scheme), H)
-        worse = error > _quadratic(W[rows] - decode_codes(*rounded, scheme), H)
-        if not bool(worse.any()):
-            return False
-        if len(rows) == len(W):
-            break
-        rows = torch.arange(len(W))
-    for part, plain in zip(solved, rounded, strict=True):
-        if part is not None and plain is not None:
-            part[worse] = plain[worse]
-    return True
-
-
 def _quadratic(rows: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     """The diagonal of rows · H · rowsᵀ, fp64 [N], from the upper triangle of H."""
     total = torch.zeros(len(rows), dtype=torch.float64)
@@ -303,28 +328,3 @@ def _quadratic(rows: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
             total += ((left @ H[panel, panel]) * left).sum(1)
             total += 2 * ((left @ H[panel, behind]) * rows[:, behind]).sum(1)
     return total
-
-
-def _solution(
-    W: torch.Tensor,
-    solved: Grid,
-    scheme: Scheme,
-    H: torch.Tensor,
-    notes: tuple[tuple[str, str], ...],
-    damped: Damped | None = None,
-) -> Solution:
-    """The solution with what it lost."""
-    missed = W - decode_codes(*solved, scheme)
-    if damped is None:
-        output_error = _quadratic(missed, H)
-    else:
-        loss, added = damped
-        output_error = (loss - missed.square() @ added).clamp_min(0)
-    return Solution(
-        scheme, *solved,
-        squared_error=missed.square().sum(1, dtype=torch.float64),
-        squared_norm=W.square().sum(1, dtype=torch.float64),
-        output_error=output_error,
-        output_norm=_quadratic(W, H),
-        notes=notes,
-    )  # fmt: skip
