@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fewbits.allocator import map_large_blocks
+from fewbits.allocator import map_large_blocks, return_free_memory
 from fewbits.attention import use_own_attention
 from fewbits.block_run import Timings, TokenWeights
 from fewbits.calibrate import BlockDone, bytes_in_flight, run_blocks
@@ -95,6 +95,8 @@ class CalibratedConversion:
                 if done.block in blocks:
                     self._finish(done, blocks[done.block], reader, write=blocks[done.block].number in missing)
                 self.timings = done.timings
+                # The heap has holes where something of this block outlives its neighbours; they would add up.
+                return_free_memory()
             self.progress.end()
             for block in range(len(skeleton.blocks)):
                 self._states_path(block).unlink(missing_ok=True)
