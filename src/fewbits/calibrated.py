@@ -12,7 +12,7 @@ import torch
 
 from fewbits.allocator import map_large_blocks, return_free_memory
 from fewbits.attention import use_own_attention
-from fewbits.block_run import Timings, TokenWeights
+from fewbits.block_run import Timings
 from fewbits.calibrate import BlockDone, bytes_in_flight, run_blocks
 from fewbits.calibration import Calibration
 from fewbits.checkpoints.journal import Journal
@@ -80,15 +80,18 @@ class CalibratedConversion:
             model = build_model(self.plan.source.path, getattr(torch, self.dtype))
             use_own_attention(model)
             skeleton = Skeleton(model, self.plan.source, reader, self.device)
-            self._solver = LayerSolver(self._planned, skeleton.read, self._check_finite)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
-            token_weights = self._token_weights(skeleton, layers) if self.importance else None
+            kept = self._measured(skeleton, layers) if self.importance else None
+            self._solver = LayerSolver(
+                self._planned, skeleton.read, self._check_finite, None if kept is None else kept.output_grams
+            )
             self._note_two_forwards(skeleton, layers, first)
             remaining = sum(layer.block is not None and layer.block >= first for layer in layers)
             self.progress.begin("calibrating", remaining, "linears")
             for done in run_blocks(
                 skeleton, self.calibration.ids, layers, self._solver.solve_plainly,
-                token_weights=token_weights, folding=self._solver if self._solver.is_folding else None, states=states,
+                token_weights=None if kept is None else kept.token_weights(),
+                folding=self._solver if self._solver.is_folding else None, states=states,
                 memory_limit=self.memory_limit, folder=self.folder.scratch,
                 watcher=lambda block, group: self.progress.advance(len(group), step_text(block, group)),
             ):  # fmt: skip
@@ -109,8 +112,8 @@ class CalibratedConversion:
         why = f"states in flight would take {needed:,} bytes, and {self.memory_limit:,} are allowed"
         self._solver.note(Note("calibration", "every block runs twice, its states wait in a file", why))
 
-    def _token_weights(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> TokenWeights:
-        """The importance of tokens to a group of linears; the solver is told where the output Grams are."""
+    def _measured(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> KeptImportance:
+        """What the importance pass found, now or before an interruption."""
         methods = {layer.name: layer.method for layer in self.plan.quantized}
         coupled = frozenset(name for name, method in methods.items() if method and method.solver_name == "gptq")
         kept = KeptImportance(self.folder.scratch, coupled)
@@ -123,8 +126,7 @@ class CalibratedConversion:
             )  # fmt: skip
             self.progress.end()
             self.importance_s = time.perf_counter() - before
-        self._solver.coupling = kept.output_grams
-        return kept.token_weights()
+        return kept
 
     def _states(self, first: int) -> Any:
         """States behind the last finished block; without them the pass starts over, to the same bytes."""

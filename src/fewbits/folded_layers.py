@@ -36,7 +36,7 @@ class BlockResult:
 class LayerSolver:
     """Solves the groups of a block as they come, with or without a fold; `finish` hands the block over.
 
-    coupling: the output Grams of a layer, once they are known.
+    coupling: the output Grams of a layer; None if they were not measured.
     """
 
     planned: Mapping[str, PlannedLayer]
