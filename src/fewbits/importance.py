@@ -26,13 +26,11 @@ from fewbits.kernels.drawn_labels import draw_labels
 from fewbits.kernels.lanes import HAS_BF16
 from fewbits.layers import LinearLayer
 from fewbits.output_grams import OutputGram
+from fewbits.pass_memory import LOGITS, MEMORY_LIMIT
 from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
 from fewbits.watching import Slot, watch
 
-# Logits computed at a time: enough rows for products at full speed, in 32 MB of bf16.
-LOGITS = 1 << 24
-MEMORY_LIMIT = 3 << 29
 # Called with a stage's name and how many of how many blocks are done.
 Watcher = Callable[[str, int, int], None]
 # Called with a block's number and the output Grams of its layers.

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from fewbits.block_run import TokenWeights
 from fewbits.calibrate import micro_batch_size
-from fewbits.importance import MEMORY_LIMIT, Watcher, measure_importance
+from fewbits.importance import Watcher, measure_importance
 from fewbits.layers import LinearLayer
 from fewbits.output_grams import split
+from fewbits.pass_memory import MEMORY_LIMIT
 from fewbits.skeleton import Skeleton
 from fewbits.states import write_tensors
 from fewbits.token_weights import shared_weights

@@ -19,9 +19,10 @@ from fewbits.methods import QuantMethod
 PROCESS_BYTES = 680 * 2**20
 # What large products need on the way, and what the allocator holds.
 OVERHEAD = 1.4
-# Logits that importance has in memory at a time, and hidden states it keeps there before a file takes them.
-IMPORTANCE_LOGITS_BYTES = 3 * 4 * 2**24
-IMPORTANCE_STATES_BYTES = 3 * 2**29
+# Importance computes so many logits at a time: enough rows for products at full speed, in 32 MB of bf16.
+LOGITS = 1 << 24
+# Hidden states that it keeps in memory before a file takes them.
+MEMORY_LIMIT = 3 << 29
 BF16, FP32 = 2, 4
 
 
@@ -63,14 +64,13 @@ def pass_bytes(
     stream = size.tokens * _hidden_size(config, widest) * BF16
     states = 2 * stream + size.tokens * widest * BF16
     rows = max(layer.out_features * layer.in_features for layer, _ in solved)
-    matrices = 3 if any(method.solver_name == "gptq" for _, method in solved) else 2
     probing = block * (BF16 + FP32) + stream if any(method.transform is not None for _, method in solved) else 0
-    solving = block * BF16 + states + matrices * widest**2 * FP32 + 2 * rows * FP32
+    solving = block * BF16 + states + 2 * widest**2 * FP32 + 2 * rows * FP32
     starting = max(outside) * BF16 + stream
     weighing = 0
     if size.importance:
-        kept = min(IMPORTANCE_STATES_BYTES, len(blocks) * stream)
-        weighing = block * BF16 + kept + max(outside) * BF16 + IMPORTANCE_LOGITS_BYTES + _output_gram_bytes(solved)
+        kept = min(MEMORY_LIMIT, len(blocks) * stream)
+        weighing = block * BF16 + kept + max(outside) * BF16 + 3 * LOGITS * FP32 + _output_gram_bytes(solved)
     return PROCESS_BYTES + max(starting, weighing, int(OVERHEAD * max(probing, solving)))
 
 
