@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fewbits.kernels.activations import round_tokens
-from fewbits.kernels.int8_dynamic import is_int8_dynamic
+from fewbits.kernels.int8_dynamic import other_scheme
 from fewbits.kernels.spec import LinearSpec, LinearWeight, Run
 
 # torch._int_mm wants more than 16 rows, and sides that are multiples of 8.
@@ -54,8 +54,8 @@ class CudaInt8:
     name = "CUDA int8"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        if not is_int8_dynamic(spec.scheme):
-            return "multiplies int8 per channel with int8 per token only"
+        if (reason := other_scheme(spec)) is not None:
+            return reason
         if spec.device != "cuda":
             return "runs on CUDA devices"
         if spec.in_features % SIDE or spec.out_features % SIDE:

@@ -26,15 +26,22 @@ def is_int8_dynamic(scheme: Scheme) -> bool:
     )  # fmt: skip
 
 
+def other_scheme(spec: LinearSpec) -> str | None:
+    """Why a kernel of this scheme cannot run `spec`; None if it is of this scheme."""
+    return None if is_int8_dynamic(spec.scheme) else "multiplies int8 per channel with int8 per token only"
+
+
+def _why_not_compiled(spec: LinearSpec) -> str | None:
+    return other_scheme(spec) or not_compiled(spec)
+
+
 class Int8FewTokens:
     """Compiled dot products over the codes as files hold them."""
 
     name = "int8 dot products"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        if not is_int8_dynamic(spec.scheme):
-            return "multiplies int8 per channel with int8 per token only"
-        if (reason := not_compiled(spec)) is not None:
+        if (reason := _why_not_compiled(spec)) is not None:
             return reason
         most = MOST_TOKENS_SMALL if spec.in_features * spec.out_features <= SMALL else MOST_TOKENS
         if spec.tokens > most:
@@ -53,9 +60,7 @@ class Int8Tiles:
     name = "int8 tiles"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        if not is_int8_dynamic(spec.scheme):
-            return "multiplies int8 per channel with int8 per token only"
-        if (reason := not_compiled(spec)) is not None:
+        if (reason := _why_not_compiled(spec)) is not None:
             return reason
         if "byte_products" not in spec.machine.features:
             return "needs a processor with products of bytes (AVX-512 VNNI)"
@@ -79,9 +84,7 @@ class OneDnnInt8:
     name = "oneDNN int8"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        if not is_int8_dynamic(spec.scheme):
-            return "multiplies int8 per channel with int8 per token only"
-        if (reason := not_compiled(spec)) is not None:
+        if (reason := _why_not_compiled(spec)) is not None:
             return reason
         if "exact_u8s8" not in spec.machine.features:
             return "int8 products saturate on this processor (no VNNI), or this PyTorch has no oneDNN"
@@ -99,7 +102,7 @@ class FloatInt8:
     name = "int8 as fp32"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        return None if is_int8_dynamic(spec.scheme) else "multiplies int8 per channel with int8 per token only"
+        return other_scheme(spec)
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
         row_scales = weight.scales.to(torch.float32).view(1, -1)
