@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from fewbits.allocator import kept_memory
+from fewbits.allocator import kept_memory, return_free_memory
 from fewbits.block_inputs import BlockInputs
 from fewbits.errors import CalibrationError
 from fewbits.kernels.compiling import as_numpy
@@ -212,6 +212,8 @@ class _Run:
                     (self._gradients[number],) = torch.autograd.grad(output, hidden, self._gradients[number])
                     self._check_finite(index, self._gradients[number])
             keep_grams(index, {name: gram.finish() for name, gram in seen.output_grams.items()})
+            # Gradients come and go with the graphs of micro-batches, and leave holes in the heap.
+            return_free_memory()
             self._watcher("backward", count - index, count)
 
     def _compute_again(self, inputs: BlockInputs, index: int) -> None:

@@ -21,8 +21,8 @@ PROCESS_BYTES = 680 * 2**20
 OVERHEAD = 1.4
 # Importance computes so many logits at a time: enough rows for products at full speed, in 32 MB of bf16.
 LOGITS = 1 << 24
-# Hidden states that it keeps in memory before a file takes them.
-MEMORY_LIMIT = 3 << 29
+# Hidden states that it keeps in memory before a file takes them, which costs no time that could be measured.
+MEMORY_LIMIT = 1 << 28
 BF16, FP32 = 2, 4
 
 
@@ -69,7 +69,7 @@ def pass_bytes(
     starting = max(outside) * BF16 + stream
     weighing = 0
     if size.importance:
-        kept = min(MEMORY_LIMIT, len(blocks) * stream)
+        kept = len(blocks) * stream if len(blocks) * stream <= MEMORY_LIMIT else 0
         weighing = block * BF16 + kept + max(outside) * BF16 + 3 * LOGITS * FP32 + _output_gram_bytes(solved)
     return PROCESS_BYTES + max(starting, weighing, int(OVERHEAD * max(probing, solving)))
 
