@@ -33,6 +33,8 @@ from fewbits.skeleton import Skeleton, build_model
 from fewbits.states import load_states
 
 STATES_FILE = "states-{block}.safetensors"
+# A block's backward takes as long as so many of its forwards: it is one more of those, and two more products for each.
+BACKWARD_STEPS = 3
 
 
 def step_text(block: str, layers: Sequence[LinearLayer]) -> str:
@@ -118,11 +120,13 @@ class CalibratedConversion:
         coupled = frozenset(name for name, method in methods.items() if method and method.solver_name == "gptq")
         kept = KeptImportance(self.folder.scratch, coupled)
         if not kept.is_measured:
-            self.progress.begin("importance", 2 * len(skeleton.blocks), "blocks")
+            self.progress.begin("importance", (1 + BACKWARD_STEPS) * len(skeleton.blocks), "steps")
             before = time.perf_counter()
             kept.measure(
                 skeleton, self.calibration.ids, layers, self.seed, self.memory_limit,
-                lambda stage, done, total: self.progress.advance(1, stage),
+                lambda stage, done, total: self.progress.advance(
+                    BACKWARD_STEPS if stage == "backward" else 1, f"{stage}: block {done} of {total}"
+                ),
             )  # fmt: skip
             self.progress.end()
             self.importance_s = time.perf_counter() - before
