@@ -19,6 +19,7 @@ from fewbits.report import LayerRecord, layer_record
 from fewbits.scale_limits import count_at_limit, note_at_limit
 from fewbits.search import MINMAX, Search
 from fewbits.solvers import gptq
+from fewbits.solvers.gptq_options import DEFAULTS
 from fewbits.solvers.rtn import quantize_rows
 from fewbits.statistics import Statistics
 from fewbits.tensors import QuantizedWeight
@@ -193,13 +194,13 @@ def _output_square(rows: torch.Tensor, H: torch.Tensor) -> float:
 def _damping(statistics: Statistics) -> float:
     """Share of the mean diagonal: H is the less certain the fewer tokens it has a channel."""
     channels_per_token = len(statistics.gram) / max(statistics.effective_tokens, 1.0)
-    return max(gptq.DEFAULTS.damping, DAMPING_PER_CHANNEL_AND_TOKEN * channels_per_token)
+    return max(DEFAULTS.damping, DAMPING_PER_CHANNEL_AND_TOKEN * channels_per_token)
 
 
 def _coupling_damping(couplings: Sequence[torch.Tensor], statistics: Statistics) -> float:
     """Share of the mean diagonal, for the widest of the output Grams."""
     outputs_per_token = max((len(G) for G in couplings), default=0) / max(statistics.tokens, 1)
-    return max(gptq.DEFAULTS.coupling_damping, DAMPING_PER_OUTPUT_AND_TOKEN * outputs_per_token)
+    return max(DEFAULTS.coupling_damping, DAMPING_PER_OUTPUT_AND_TOKEN * outputs_per_token)
 
 
 def _solved_together(
@@ -221,9 +222,7 @@ def _solved_together(
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
     stacked = torch.cat(list(weights))
     H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
-    options = replace(
-        gptq.DEFAULTS, damping=_damping(statistics), coupling_damping=_coupling_damping(couplings, statistics)
-    )
+    options = replace(DEFAULTS, damping=_damping(statistics), coupling_damping=_coupling_damping(couplings, statistics))
     solution = (
         gptq.solve(stacked, method.scheme, scale_dtype, H, options, couplings, keep_gram=keep_gram)
         if s is None

@@ -10,7 +10,8 @@ import torch
 
 from fewbits.numerics import MINMAX, best_grid
 from fewbits.schemes import Scheme
-from fewbits.solvers.gptq import DEFAULTS, GptqOptions, solve
+from fewbits.solvers.gptq import solve
+from fewbits.solvers.gptq_options import DEFAULTS, GptqOptions
 from fewbits.solvers.solution import Solution
 
 N, K, GROUP = 24, 64, 16
@@ -183,7 +184,7 @@ def test_a_gram_that_may_be_written_over_gives_the_same_solution(tokens: int) ->
 def test_blocks_of_columns_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H, scheme = weight(), gram(), Scheme("int", 4, True, 0)
     whole = solve(W, scheme, torch.float32, H, plainest())
-    monkeypatch.setattr("fewbits.solvers.gptq.BLOCK", 8)
+    monkeypatch.setattr("fewbits.solvers.sweep.BLOCK", 8)
     blocked = solve(W, scheme, torch.float32, H, plainest())
     assert (whole.codes == blocked.codes).float().mean() > 0.99
 

@@ -11,6 +11,7 @@ from fewbits.kernels.gptq_sweep import sweep_block
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
 from fewbits.solvers import gptq
+from fewbits.solvers.gptq_options import GptqOptions
 
 
 def problem(columns: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +83,7 @@ def test_every_pass_of_descent_lowers_the_loss_of_every_row(group_size: int, sym
     scheme = Scheme("int", 4, symmetric, group_size)
     losses = []
     for passes in (0, 1, 3):
-        solution = gptq.solve(W, scheme, torch.bfloat16, H, gptq.GptqOptions(passes=passes))
+        solution = gptq.solve(W, scheme, torch.bfloat16, H, GptqOptions(passes=passes))
         losses.append(loss_of(W, decode_codes(solution.codes, solution.scales, solution.zeros, scheme), H))
         assert solution.output_error is not None
         torch.testing.assert_close(solution.output_error, losses[-1], rtol=1e-2, atol=1e-3 * float(losses[-1].max()))
@@ -95,6 +96,6 @@ def test_every_pass_of_descent_lowers_the_loss_of_every_row(group_size: int, sym
 def test_scales_chosen_by_sweeping_lose_less_than_those_chosen_by_rounding(symmetric: bool) -> None:
     W, H = problem(256, 64)
     scheme = Scheme("int", 4, symmetric, 64)
-    rounded = gptq.solve(W, scheme, torch.bfloat16, H, gptq.GptqOptions(swept=None, passes=0))
-    swept = gptq.solve(W, scheme, torch.bfloat16, H, gptq.GptqOptions(passes=0))
+    rounded = gptq.solve(W, scheme, torch.bfloat16, H, GptqOptions(swept=None, passes=0))
+    swept = gptq.solve(W, scheme, torch.bfloat16, H, GptqOptions(passes=0))
     assert loss_of(W, swept.decoded, H).sum() < loss_of(W, rounded.decoded, H).sum()

@@ -19,14 +19,12 @@ from fewbits.fp32_products import fast_fp32
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
 from fewbits.solvers.factorization import inverse_factor
+from fewbits.solvers.solution import Grid
 
 # Share of the mean diagonal of G that is added to it, at least.
 DAMPING = 0.1
 # Coupled rows solved at a time, as if they were not coupled to each other.
 ROWS = 64
-
-# Codes uint8 [N, K], scales [N, G], zero points uint8 [N, G] or None.
-Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class _Coupled:

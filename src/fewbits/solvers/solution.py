@@ -10,6 +10,9 @@ import torch
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
 
+# Codes uint8 [N, K], scales [N, G], zero points uint8 [N, G] or None.
+Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -57,3 +60,9 @@ def joined(solutions: Sequence[Solution]) -> Solution:
 def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
     tensors = [part for part in parts if part is not None]
     return torch.cat(tensors) if len(tensors) == len(parts) else None
+
+
+def part_of(grid: Grid, rows: slice) -> Grid:
+    """Some rows of a grid."""
+    codes, scales, zeros = grid
+    return codes[rows], scales[rows], None if zeros is None else zeros[rows]

@@ -1,0 +1,140 @@
+"""Rows solved each on its own, all by one H: swept, descended, held against plain rounding, and what each lost."""
+
+from __future__ import annotations
+
+import torch
+
+from fewbits.fp32_products import fast_fp32
+from fewbits.kernels.rounding import search_grid
+from fewbits.packing import decode_codes
+from fewbits.schemes import Scheme
+from fewbits.search import Search
+from fewbits.solvers.descent import descend
+from fewbits.solvers.factorization import Factor
+from fewbits.solvers.gptq_options import GptqOptions
+from fewbits.solvers.solution import Grid, Solution
+from fewbits.solvers.sweep import sweep
+
+# Columns of H multiplied at a time where its symmetry saves half.
+PANEL = 512
+# Rows compared with plain rounding; only if one of them came out worse, all are.
+SAMPLED_ROWS = 64
+
+
+class RowSolver:
+    """Solves rows of weights, each on its own, all by one H."""
+
+    def __init__(
+        self,
+        turned: torch.Tensor,
+        factor: Factor | None,
+        order: torch.Tensor,
+        seen: torch.Tensor,
+        living: torch.Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        options: GptqOptions,
+    ) -> None:
+        """Take what one H says.
+
+        Args:
+            turned: H, its channels in `order`, as it was factored. seen: its diagonal. living: that which was factored.
+        """
+        self._turned, self._factor, self._order, self._seen, self._living = turned, factor, order, seen, living
+        self._scheme, self._scale_dtype, self._options = scheme, scale_dtype, options
+        # A doctored factor belongs to another H than this, by which steps could go astray.
+        self._can_descend = factor is not None and factor.trouble is None
+        self._notes: tuple[tuple[str, str], ...] = ()
+        # What `turned` has on its diagonal beyond H.
+        self._added = living - seen
+        if factor is None:
+            self._notes = (("rounded plainly", "its statistic cannot be factored"),)
+        elif factor.trouble is not None:
+            self._notes = (("solved with a doctored statistic", factor.trouble),)
+        else:
+            turned.diagonal().add_(factor.damping)
+            self._added = self._added + factor.damping
+
+    def solution(self, W: torch.Tensor) -> Solution:
+        """The solution of rows fp32 [n, K]."""
+        if self._factor is None:
+            return self.judged(W, self._rounded(W))
+        solved, loss = self._compensated(W, self._factor)
+        restored = self._restore_worse_rows(W, solved)
+        return self.judged(W, solved, None if restored or not self._can_descend else loss)
+
+    def choose_few(self, W: torch.Tensor) -> Grid:
+        """Codes of so few rows that looking at some of them costs; from 4 bits on none came out worse than rounded."""
+        assert self._factor is not None
+        solved, _ = self._compensated(W, self._factor)
+        if self._scheme.bits < 4:
+            self._restore_worse_rows(W, solved)
+        return solved
+
+    def judged(self, W: torch.Tensor, solved: Grid, loss: torch.Tensor | None = None) -> Solution:
+        """The solution with what it lost. loss: of each row by the damped H, fp64 [n], if it is known."""
+        missed = W - decode_codes(*solved, self._scheme)
+        error = self._losses(missed) if loss is None else (loss - missed.square() @ self._added).clamp_min(0)
+        return Solution(
+            self._scheme, *solved,
+            squared_error=missed.square().sum(1, dtype=torch.float64),
+            squared_norm=W.square().sum(1, dtype=torch.float64),
+            output_error=error,
+            output_norm=self._losses(W),
+            notes=self._notes,
+        )  # fmt: skip
+
+    def _compensated(self, W: torch.Tensor, factor: Factor) -> tuple[Grid, torch.Tensor]:
+        scheme, options = self._scheme, self._options
+        solved, loss = sweep(W, factor.U, self._order, self._living, scheme, self._scale_dtype, options)
+        if self._can_descend:
+            loss -= descend(W, solved, self._turned, self._order, scheme, options.passes)
+        return solved, loss
+
+    def _losses(self, rows: torch.Tensor) -> torch.Tensor:
+        """The diagonal of rows · H · rowsᵀ, fp64 [n]."""
+        return (_quadratic(rows[:, self._order], self._turned) - rows.square() @ self._added).clamp_min(0)
+
+    def _rounded(self, W: torch.Tensor) -> Grid:
+        return _rounded(W, self._scheme, self._scale_dtype, self._options.search, self._living)
+
+    def _restore_worse_rows(self, W: torch.Tensor, solved: Grid) -> bool:
+        """Round plainly, in place, the rows that came out worse than that by H: at 2 bits some do. Says whether any."""
+        rows = torch.arange(0, len(W), max(1, len(W) // SAMPLED_ROWS))
+        while True:
+            codes, scales, zeros = (None if part is None else part[rows] for part in solved)
+            assert codes is not None and scales is not None
+            rounded = self._rounded(W[rows])
+            error = self._losses(W[rows] - decode_codes(codes, scales, zeros, self._scheme))
+            worse = error > self._losses(W[rows] - decode_codes(*rounded, self._scheme))
+            if not bool(worse.any()):
+                return False
+            if len(rows) == len(W):
+                break
+            rows = torch.arange(len(W))
+        for part, plain in zip(solved, rounded, strict=True):
+            if part is not None and plain is not None:
+                part[worse] = plain[worse]
+        return True
+
+
+def _rounded(
+    W: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: Search, importance: torch.Tensor
+) -> Grid:
+    scales, zeros = search_grid(W, scheme, scale_dtype, search, importance)
+    grouped = W.view(W.shape[0], scales.shape[1], -1)
+    offset = zeros.float()[:, :, None]
+    codes = ((grouped * (1 / scales.float())[:, :, None]).round_() + offset).clamp_(0, scheme.largest_code)
+    return codes.to(torch.uint8).view(W.shape), scales, None if scheme.symmetric else zeros
+
+
+def _quadratic(rows: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """The diagonal of rows · H · rowsᵀ, fp64 [N], from the upper triangle of H."""
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    with fast_fp32():
+        for start in range(0, len(H), PANEL):
+            panel, behind = slice(start, start + PANEL), slice(start + PANEL, None)
+            left = rows[:, panel].contiguous()
+            total += ((left @ H[panel, panel]) * left).sum(1)
+            total += 2 * ((left @ H[panel, behind]) * rows[:, behind]).sum(1)
+    return total
