@@ -108,6 +108,7 @@ class BlockRun:
             if self._parts:
                 self._dry_run()
                 self._find_folds(block)
+                self._split_by_importance()
             if self._forward.stash is None:
                 self._run_suspended()
             else:
@@ -197,6 +198,17 @@ class BlockRun:
                 wanting[slots].stride = self._gram_stride(wanting[slots])
             self._notes += refusal_notes((self._layers_of(wanting[r.consumers])[0], r.why) for r in refused)
         self._timings.folds_s += time.perf_counter() - before
+
+    def _split_by_importance(self) -> None:
+        """Give every linear that tokens are weighed for a statistic of its own, unless its group shares a fold."""
+        for group in set(self._groups.values()):
+            if self._token_weights is None or group.place is not None or len(group.slots) == 1:
+                continue
+            if any(slot.expert is not None or _numbered(slot.parameter) for slot in group.slots):
+                continue
+            if self._token_weights(self._layers_of(group)) is not None:
+                for slot in group.slots:
+                    self._groups[slot.parameter, slot.expert] = _Group([slot], self._order(slot))
 
     def _gram_stride(self, group: _Group) -> int:
         """Of how many micro-batches one makes a Gram that is good enough."""

@@ -102,6 +102,7 @@ class _Run:
         self._gradients: list[torch.Tensor] = []
         self._weights = {layer.name: torch.zeros(ids.numel()) for layer in layers}
         self._loss = 0.0
+        self._logits_rows = max(1, LOGITS // skeleton.vocabulary)
         self._pulls = torch.empty(0, 0)
         self._tokens = ids.numel()
 
@@ -129,7 +130,7 @@ class _Run:
             self._watcher("forward", index + 1, last + 1)
         self._head_s = 0.0
         self._skeleton.materialize_rest(head=True)
-        with self._skeleton.materialized(last), kept_memory():
+        with self._skeleton.materialized(last):
             for micro_batch in self._forward.micro_batches:
                 self._note_entry(inputs, last, micro_batch)
                 # What requires no gradient leaves no graph, so only the tail behind the last block does.
@@ -160,7 +161,19 @@ class _Run:
         result, micro_batch.result = micro_batch.result, None
         rows = result.detach().flatten(0, -2)
         gradient = torch.empty_like(rows)
-        chunk = max(1, LOGITS // self._skeleton.vocabulary)
+        if not len(self._pulls):
+            # Kept from call to call: fresh memory of this size costs more than what is done with it.
+            self._pulls = torch.empty(self._logits_rows, self._skeleton.vocabulary, dtype=torch.bfloat16)
+        # What outlives the loop is made outside: within, large blocks come from the heap, and leave it with holes.
+        with kept_memory():
+            self._fill_gradient(micro_batch, rows, gradient)
+        tail = self._tails.pop(micro_batch.index)
+        (behind,) = torch.autograd.grad(result, tail, gradient.view_as(result))
+        return behind
+
+    def _fill_gradient(self, micro_batch: MicroBatch, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Write the loss's gradient in front of the head, some rows of logits at a time."""
+        chunk = self._logits_rows
         for start in range(0, len(rows), chunk):
             with torch.enable_grad():
                 hidden = rows[start : start + chunk].detach().requires_grad_()
@@ -168,9 +181,6 @@ class _Run:
             first = micro_batch.first_token + start
             pull = self._drawn_gradient(logits.detach(), self._draws[first : first + len(hidden)].to(logits.device))
             (gradient[start : start + chunk],) = torch.autograd.grad(logits, hidden, pull)
-        tail = self._tails.pop(micro_batch.index)
-        (behind,) = torch.autograd.grad(result, tail, gradient.view_as(result))
-        return behind
 
     def _drawn_gradient(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Draw a label a row; the gradient of its negative log-probability is softmax − one-hot."""
@@ -186,10 +196,9 @@ class _Run:
         return probabilities.to(logits.dtype)
 
     def _drawn_by_kernel(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        if len(self._pulls) < len(logits):
-            # Kept from call to call: fresh memory of this size costs more than what is done with it.
-            self._pulls = torch.empty_like(logits)
         gradients = self._pulls[: len(logits)]
+        if gradients.shape != logits.shape:
+            gradients = torch.empty_like(logits)
         self._loss += draw_labels(as_numpy(logits), draws.numpy(), as_numpy(gradients))
         return gradients
 

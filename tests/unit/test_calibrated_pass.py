@@ -186,6 +186,38 @@ def test_every_linear_is_solved_once_and_with_all_that_share_its_input(checkpoin
         assert all(group == together for group in groups if group & together)
 
 
+def test_linears_that_tokens_are_weighed_for_have_statistics_of_their_own(checkpoint: Path) -> None:
+    drawn: dict[str, torch.Tensor] = {}
+
+    def powers_of_four(seed: int) -> torch.Tensor:
+        return 4.0 ** torch.randint(0, 4, [IDS.numel()], generator=torch.Generator().manual_seed(seed))
+
+    def weights_of(group: Sequence[LinearLayer]) -> torch.Tensor | None:
+        if any(EXPERT.fullmatch(layer.name) for layer in group):
+            return None
+        own = [
+            drawn.setdefault(layer.name, powers_of_four(index)) for index, layer in enumerate(group, start=len(drawn))
+        ]
+        return torch.stack(own).mean(0)
+
+    seen = run_pass(checkpoint, rounding=False, token_weights=weights_of)
+    whole = whole_model(checkpoint)
+    weighed = [(layers[0], statistics) for layers, statistics in seen.calls if layers[0].name in drawn]
+    assert {layer.name for layer, _ in weighed} == {layer.name for layers, _ in seen.calls for layer in layers} & set(
+        drawn
+    )
+    for layer, statistics in weighed:
+        with InputsOf(matrix(whole, layer)) as inputs:
+            run_whole(whole)
+        rows = torch.cat(inputs.rows)
+        weights = drawn[layer.name].double()[:, None]
+        if len(rows) != len(weights):
+            continue
+        assert statistics is not None
+        bound = 1e-6 * (rows.abs() * weights).T @ rows.abs()
+        assert bool(((statistics.gram.double() - (rows * weights).T @ rows).abs() <= bound).all())
+
+
 def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: int) -> dict[str, torch.Tensor]:
     """At each linear's outputs [tokens, out], by one backward of the whole model, labels drawn by the same numbers."""
     draws = torch.rand(IDS.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
