@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from torch import nn
 
 from fewbits.absorbing import FoldPlace
 from fewbits.block_folds import Folding, find_block_folds, refusal_notes
+from fewbits.drift import DriftAccumulator
 from fewbits.errors import CalibrationError
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
+from fewbits.originals import Originals
 from fewbits.probing import PROBE_TOKENS, first_tokens
 from fewbits.skeleton import Part, Skeleton
 from fewbits.statistics import Statistics, StatisticsAccumulator
@@ -35,6 +37,8 @@ Solve = Callable[[Sequence[LinearLayer], Sequence[torch.Tensor], Statistics | No
 Watcher = Callable[[str, Sequence[LinearLayer]], None]
 # One number a token for the consumers of one input, or None for plain statistics.
 TokenWeights = Callable[[Sequence[LinearLayer]], torch.Tensor | None]
+# Whether the consumers of one input are solved by how far it has drifted from the original model's.
+Follows = Callable[[Sequence[LinearLayer]], bool]
 
 
 @dataclass
@@ -63,6 +67,10 @@ class _Group:
     sample: TokenSample | None = None
     # Of so many micro-batches one goes into the Gram.
     stride: int = 1
+    # Of the distinct input among the block's; with `follows`, its drift is measured.
+    input: int = -1
+    follows: bool = False
+    drift: DriftAccumulator | None = None
 
 
 class BlockRun:
@@ -77,12 +85,15 @@ class BlockRun:
         solve: Solve,
         token_weights: TokenWeights | None,
         folding: Folding | None,
+        originals: Originals | None,
+        follows: Follows,
         timings: Timings,
         watcher: Watcher | None,
     ) -> None:
         self._skeleton, self._forward, self._index = skeleton, forward, index
         self._layers, self._solve, self._token_weights = layers, solve, token_weights
         self._folding, self._timings = folding, timings
+        self._originals, self._follows = originals, follows
         self._report = watcher
         self._notes: list[Note] = []
         self._groups: dict[tuple[str, int | None], _Group] = {}
@@ -109,6 +120,7 @@ class BlockRun:
                 self._dry_run()
                 self._find_folds(block)
                 self._split_by_importance()
+            self._run_original()
             if self._forward.stash is None:
                 self._run_suspended()
             else:
@@ -169,7 +181,7 @@ class BlockRun:
             key = (inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs._version, inputs.dtype)
             if (slot.parameter, slot.expert) in self._groups:
                 return
-            group = by_input.setdefault(key, _Group([], self._order(slot)))
+            group = by_input.setdefault(key, _Group([], self._order(slot), input=len(by_input)))
             group.slots.append(slot)
             self._groups[slot.parameter, slot.expert] = group
 
@@ -208,7 +220,29 @@ class BlockRun:
                 continue
             if self._token_weights(self._layers_of(group)) is not None:
                 for slot in group.slots:
-                    self._groups[slot.parameter, slot.expert] = _Group([slot], self._order(slot))
+                    self._groups[slot.parameter, slot.expert] = _Group([slot], self._order(slot), input=group.input)
+
+    def _run_original(self) -> None:
+        """Have the original model go on by this block, and keep the inputs that drift is measured from."""
+        if self._originals is None:
+            return
+        originals = self._originals
+        readers: dict[int, Slot] = {}
+        for group in dict.fromkeys(self._groups.values()):
+            experts = any(slot.expert is not None or _numbered(slot.parameter) for slot in group.slots)
+            # What is folded multiplies other inputs than the original model's.
+            if not experts and group.place is None and self._follows(self._layers_of(group)):
+                group.follows = True
+                readers.setdefault(group.input, group.slots[0])
+        inputs_of = {slot: number for number, slot in readers.items()}
+
+        def keep(slot: Slot, inputs: torch.Tensor) -> None:
+            if slot in inputs_of and inputs.numel() // inputs.shape[-1] == self._forward.running.ids.numel():
+                originals.keep(inputs_of[slot], self._forward.running, inputs)
+
+        self._watcher = keep
+        originals.run_block(self._forward, self._index)
+        self._watcher = None
 
     def _gram_stride(self, group: _Group) -> int:
         """Of how many micro-batches one makes a Gram that is good enough."""
@@ -260,12 +294,22 @@ class BlockRun:
         if group.accumulator is None:
             group.accumulator = StatisticsAccumulator(inputs.shape[-1], inputs.device)
         if micro_batch.index % group.stride == 0:
-            group.accumulator.add(inputs, self._importance(group, micro_batch, inputs))
+            weights = self._importance(group, micro_batch, inputs)
+            group.accumulator.add(inputs, weights)
+            self._add_drift(group, micro_batch, inputs, weights)
         else:
             group.accumulator.add_magnitudes(inputs)
         if group.sample is not None:
             group.sample.add(inputs)
         self._timings.statistics_s += time.perf_counter() - before
+
+    def _add_drift(
+        self, group: _Group, micro_batch: MicroBatch, inputs: torch.Tensor, weights: torch.Tensor | None
+    ) -> None:
+        original = self._originals.inputs(group.input, micro_batch) if self._originals and group.follows else None
+        if original is not None and original.numel() == inputs.numel():
+            group.drift = group.drift or DriftAccumulator(inputs.shape[-1], inputs.device)
+            group.drift.add(original.to(inputs.device), inputs, weights)
 
     def _importance(self, group: _Group, micro_batch: MicroBatch, inputs: torch.Tensor) -> torch.Tensor | None:
         if self._token_weights is None:
@@ -296,8 +340,11 @@ class BlockRun:
         assert group.accumulator is not None
         before = time.perf_counter()
         # Codes are chosen by compiled kernels, which run on the CPU.
-        statistics = group.accumulator.finish().to("cpu")
-        group.accumulator = None
+        statistics = group.accumulator.finish()
+        if group.drift is not None:
+            statistics = replace(statistics, drift=group.drift.finish(statistics.tokens))
+        statistics = statistics.to("cpu")
+        group.accumulator = group.drift = None
         self._timings.statistics_s += time.perf_counter() - before
         layers = self._layers_of(group)
         if not torch.isfinite(statistics.absmax).all():

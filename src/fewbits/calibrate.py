@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +26,10 @@ import torch
 
 from fewbits.block_folds import Folding
 from fewbits.block_inputs import BlockInputs
-from fewbits.block_run import BlockRun, Solve, Timings, TokenWeights, Watcher
+from fewbits.block_run import BlockRun, Follows, Solve, Timings, TokenWeights, Watcher
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
+from fewbits.originals import Originals
 from fewbits.skeleton import Skeleton
 from fewbits.states import States, write_states
 from fewbits.suspended import SuspendedForward, hidden_of, structure_of
@@ -45,6 +46,7 @@ class BlockDone:
     notes: tuple[Note, ...]
     timings: Timings
     _forward: SuspendedForward = field(repr=False)
+    _originals: Originals | None = field(repr=False)
 
     def save_states(self, path: Path) -> bool:
         """Write the hidden states behind this block, to go on from later; False if they have a form that cannot be.
@@ -62,6 +64,15 @@ class BlockDone:
             (self._forward.hidden_behind(self.block, micro_batch) for micro_batch in micro_batches),
         )  # fmt: skip
         return True
+
+    def save_original_states(self, path: Path) -> None:
+        """Write those of the original model, where it is followed.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        if self._originals is not None:
+            self._originals.save_states(path)
 
 
 def micro_batch_size(length: int) -> int:
@@ -84,7 +95,9 @@ def run_blocks(
     *,
     token_weights: TokenWeights | None = None,
     folding: Folding | None = None,
+    follows: Follows | None = None,
     states: States | None = None,
+    original_states: Mapping[int, torch.Tensor] | None = None,
     memory_limit: int | None = None,
     folder: Path | None = None,
     micro_batch: int | None = None,
@@ -97,7 +110,9 @@ def run_blocks(
         layers: the linears to solve; all others run as they are.
         token_weights: the importance of tokens to a group of linears.
         folding: solves the groups it wants in place of `solve`, where a fold is found and proven.
+        follows: whether consumers of an input are solved by how far it has drifted from the original model's.
         states: where to go on from; blocks up to `states.block` are not run again.
+        original_states: those of the original model there, where it is followed.
         memory_limit: bytes that states in flight may take; past them every block runs twice.
         folder: where the file goes that states then wait in.
         watcher: told of every group of layers that is solved.
@@ -121,18 +136,23 @@ def run_blocks(
         structure="tensor" if states is None else states.structure,
         stash=stash,
     )
-    with forward, stash or nullcontext():
+    originals = None
+    if follows is not None:
+        nbytes = max(sum(layer.in_features for layer in block.values()) for block in wanted.values())
+        originals = Originals(original_states, nbytes * ids.numel() * skeleton.element_size, folder)
+    with forward, stash or nullcontext(), originals or nullcontext():
         forward.start()
         forward.outputs = ()
         skeleton.release_embeddings()
         for index in range(start_block, len(skeleton.blocks)):
             forward.waiting_at(index)
             run = BlockRun(
-                skeleton, forward, index, wanted.get(index, {}), solve, token_weights, folding, timings, watcher
-            )
+                skeleton, forward, index, wanted.get(index, {}), solve, token_weights, folding, originals,
+                follows or (lambda layers: False), timings, watcher,
+            )  # fmt: skip
             notes = run.run()
             timings.total_s = time.perf_counter() - began
             timings.forward_s = (
                 timings.total_s - timings.files_s - timings.statistics_s - timings.solve_s - timings.folds_s
             )
-            yield BlockDone(index, skeleton.block_names[index], tuple(notes), timings, forward)
+            yield BlockDone(index, skeleton.block_names[index], tuple(notes), timings, forward, originals)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,12 +26,14 @@ from fewbits.kept_importance import KeptImportance
 from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
+from fewbits.originals import load_original_states
 from fewbits.plan import Plan
 from fewbits.progress import Progress
 from fewbits.skeleton import Skeleton, build_model
-from fewbits.states import load_states
+from fewbits.states import States, load_states
 
 STATES_FILE = "states-{block}.safetensors"
+ORIGINAL_STATES_FILE = "original-states-{block}.safetensors"
 # A block's backward takes as long as so many of its forwards: it is one more of those, and two more products for each.
 BACKWARD_STEPS = 3
 
@@ -76,7 +77,10 @@ class CalibratedConversion:
             return
         map_large_blocks()
         self._planned = {layer.name: layer for layer in self.plan.quantized}
-        states = self._states(todo[0])
+        methods = {layer.name: layer.method for layer in self.plan.quantized}
+        self._coupled = frozenset(name for name, method in methods.items() if method and method.solver_name == "gptq")
+        self._is_following = self.importance and bool(self._coupled)
+        states, original_states = self._states(todo[0])
         first = 0 if states is None else states.block + 1
         with TensorReader(self.plan.source) as reader:
             model = build_model(self.plan.source.path, getattr(torch, self.dtype))
@@ -93,7 +97,9 @@ class CalibratedConversion:
             for done in run_blocks(
                 skeleton, self.calibration.ids, layers, self._solver.solve_plainly,
                 token_weights=None if kept is None else kept.token_weights(),
-                folding=self._solver if self._solver.is_folding else None, states=states,
+                folding=self._solver if self._solver.is_folding else None,
+                follows=self._follows if self._is_following else None, states=states,
+                original_states=original_states,
                 memory_limit=self.memory_limit, folder=self.folder.scratch,
                 watcher=lambda block, group: self.progress.advance(len(group), step_text(block, group)),
             ):  # fmt: skip
@@ -104,7 +110,7 @@ class CalibratedConversion:
                 return_free_memory()
             self.progress.end()
             for block in range(len(skeleton.blocks)):
-                self._states_path(block).unlink(missing_ok=True)
+                self._forget_states(block)
 
     def _note_two_forwards(self, skeleton: Skeleton, layers: Sequence[LinearLayer], first: int) -> None:
         """Say so where states in flight do not fit; only once, however often the run is interrupted."""
@@ -116,9 +122,7 @@ class CalibratedConversion:
 
     def _measured(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> KeptImportance:
         """What the importance pass found, now or before an interruption."""
-        methods = {layer.name: layer.method for layer in self.plan.quantized}
-        coupled = frozenset(name for name, method in methods.items() if method and method.solver_name == "gptq")
-        kept = KeptImportance(self.folder.scratch, coupled)
+        kept = KeptImportance(self.folder.scratch, self._coupled)
         if not kept.is_measured:
             self.progress.begin("importance", (1 + BACKWARD_STEPS) * len(skeleton.blocks), "steps")
             before = time.perf_counter()
@@ -132,15 +136,27 @@ class CalibratedConversion:
             self.importance_s = time.perf_counter() - before
         return kept
 
-    def _states(self, first: int) -> Any:
-        """States behind the last finished block; without them the pass starts over, to the same bytes."""
-        if first == 0:
-            return None
-        path = self._states_path(first - 1)
-        return load_states(path) if path.exists() else None
+    def _states(self, first: int) -> tuple[States | None, Mapping[int, torch.Tensor] | None]:
+        """States behind the last finished block, and the original model's there if it is followed.
 
-    def _states_path(self, block: int) -> Path:
-        return self.folder.scratch / STATES_FILE.format(block=block)
+        Without them the pass starts over, to the same bytes.
+        """
+        path, originals = self._states_paths(first - 1)
+        if first == 0 or not path.exists() or (self._is_following and not originals.exists()):
+            return None, None
+        return load_states(path), load_original_states(originals) if self._is_following else None
+
+    def _states_paths(self, block: int) -> tuple[Path, Path]:
+        scratch = self.folder.scratch
+        return scratch / STATES_FILE.format(block=block), scratch / ORIGINAL_STATES_FILE.format(block=block)
+
+    def _forget_states(self, block: int) -> None:
+        for path in self._states_paths(block):
+            path.unlink(missing_ok=True)
+
+    def _follows(self, layers: Sequence[LinearLayer]) -> bool:
+        """Whether layers are solved by how far their input has drifted: by GPTQ, with importance."""
+        return all(layer.name in self._coupled for layer in layers)
 
     def _check_finite(self, layer: LinearLayer, weight: torch.Tensor) -> None:
         if not bool(torch.isfinite(weight).all()):
@@ -176,8 +192,9 @@ class CalibratedConversion:
             digests = writer.close()
         finally:
             writer.abort()
-        path = self._states_path(done.block)
-        done.save_states(path)
+        path, originals = self._states_paths(done.block)
+        if done.save_states(path):
+            done.save_original_states(originals)
         records = [asdict(solved.records[layer.name]) for _, layer in work.sources if layer is not None]
         for note in notes:
             self.progress.note(note)
@@ -188,4 +205,4 @@ class CalibratedConversion:
             [asdict(note) for note in notes],
             {"folds": [fold.to_dict() for fold in solved.folds]},
         )
-        self._states_path(done.block - 1).unlink(missing_ok=True)
+        self._forget_states(done.block - 1)

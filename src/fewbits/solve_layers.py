@@ -224,7 +224,7 @@ def _solved_together(
     H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
     options = replace(DEFAULTS, damping=_damping(statistics), coupling_damping=_coupling_damping(couplings, statistics))
     solution = (
-        gptq.solve(stacked, method.scheme, scale_dtype, H, options, couplings, keep_gram=keep_gram)
+        gptq.solve(stacked, method.scheme, scale_dtype, H, options, couplings, statistics.drift, keep_gram=keep_gram)
         if s is None
         else gptq.solve(
             stacked.float() * s, method.scheme, scale_dtype, H / s / s[:, None], options, couplings, keep_gram=False

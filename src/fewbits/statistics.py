@@ -32,6 +32,7 @@ class Statistics:
     gram: H = Σ wₜ xₜ xₜᵀ, fp32 [in, in], symmetric, not divided by anything; the weights' mean is about 1.
     absmax, absmean: of |x| by channel, fp32 [in], over all rows seen; weights play no part in them.
     tokens: rows in the Gram. effective_tokens: (Σ w)² / Σ w², equal to `tokens` without weights.
+    drift: D of the same tokens, fp32 [in, in] (`drift.py`); None if it was not measured.
     """
 
     gram: torch.Tensor
@@ -39,10 +40,14 @@ class Statistics:
     absmean: torch.Tensor
     tokens: int
     effective_tokens: float
+    drift: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device."""
-        return replace(self, gram=self.gram.to(device), absmax=self.absmax.to(device), absmean=self.absmean.to(device))
+        return replace(
+            self, gram=self.gram.to(device), absmax=self.absmax.to(device), absmean=self.absmean.to(device),
+            drift=None if self.drift is None else self.drift.to(device),
+        )  # fmt: skip
 
 
 class StatisticsAccumulator:

@@ -138,7 +138,7 @@ class SuspendedForward:
         if self.stash is None:
             return args, kwargs
         hidden = self.stash.look(block, micro_batch.index).to(self.skeleton.device)
-        return _with_first_tensor(args, kwargs, hidden)
+        return with_first_tensor(args, kwargs, hidden)
 
     def call(self, block: int, micro_batch: MicroBatch, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Run just the block on given arguments, on behalf of a micro-batch."""
@@ -228,7 +228,7 @@ class SuspendedForward:
         hidden = _first_tensor((*args, *kwargs.values()))
         if micro_batch.output is None:
             self.stash.keep(number, micro_batch.index, hidden)
-            return _with_first_tensor(args, kwargs, _stand_in(hidden))
+            return with_first_tensor(args, kwargs, _stand_in(hidden))
         if hidden is not hidden_of(micro_batch.output):
             raise CalibrationError(
                 f"{type(self.skeleton.model).__name__} computes between its blocks; their states cannot be put away.",
@@ -262,6 +262,17 @@ def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     return (*output[:first], hidden, *output[first + 1 :])
 
 
+def with_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with other hidden states."""
+    for place, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            return (*args[:place], hidden, *args[place + 1 :]), kwargs
+    first = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+    return args, kwargs | {first: hidden}
+
+
 def structure_of(output: Any) -> str | None:
     """How a block returns its hidden states: "tensor", the length of a tuple whose rest is None, or None if neither."""
     if isinstance(output, torch.Tensor):
@@ -278,17 +289,6 @@ def _returned(hidden: torch.Tensor, structure: str) -> Any:
 def _stand_in(hidden: torch.Tensor) -> torch.Tensor:
     """A tensor of the same shape that takes no memory."""
     return torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
-
-
-def _with_first_tensor(
-    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a block with other hidden states."""
-    for place, value in enumerate(args):
-        if isinstance(value, torch.Tensor):
-            return (*args[:place], hidden, *args[place + 1 :]), kwargs
-    first = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-    return args, kwargs | {first: hidden}
 
 
 def _first_tensor(values: tuple[Any, ...] | list[Any]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from fewbits.schemes import Scheme
 from fewbits.solvers.coupled import solve_in_turn
+from fewbits.solvers.drifted import drifted_targets
 from fewbits.solvers.factorization import inverse_factor
 from fewbits.solvers.gptq_options import DEFAULTS, GptqOptions
 from fewbits.solvers.row_solver import PANEL, RowSolver
@@ -34,6 +35,7 @@ def solve(
     H: torch.Tensor,
     options: GptqOptions = DEFAULTS,
     couplings: Sequence[torch.Tensor] = (),
+    drift: torch.Tensor | None = None,
     *,
     keep_gram: bool = True,
 ) -> Solution:
@@ -43,7 +45,8 @@ def solve(
 
     Args:
         couplings: output Grams of runs of rows, in order (`coupled.py`); without them rows are independent.
-        keep_gram: False lets the solver write over H, which saves the memory of one more matrix of its size.
+        drift: D [K, K] of the same tokens as H: outputs are to be those of the inputs that W had before (`drifted.py`).
+        keep_gram: False lets the solver write over H and D, which saves the memory of matrices of their size.
     """
     K = W.shape[1]
     some = max(SOME_ROWS, ROW_NUMBERS // K)
@@ -51,19 +54,20 @@ def solve(
     seen = H.diagonal().clone()
     living = torch.where(seen > 0, seen, seen[seen > 0].mean() if bool((seen > 0).any()) else 1.0)
     order = _order(living, scheme.group_size or K) if options.ordered else torch.arange(K)
-    turned = _turned(H, order)
+    target = W if drift is None else drifted_targets(W, H, drift, parts, keep=keep_gram)
+    turned = _turned(H, order, None if keep_gram else drift)
     turned.diagonal().copy_(living[order])
     factor = inverse_factor(turned, options.damping, None if keep_gram else H)
     rows_solver = RowSolver(turned, factor, order, seen, living, scheme, scale_dtype, options)
     if factor is None or not couplings:
-        return joined([rows_solver.solution(W[part].float()) for part in parts])
-    grid = solve_in_turn(W, couplings, options.coupling_damping, scheme, rows_solver.choose_few)
+        return joined([rows_solver.solution(target[part].float(), W[part].float()) for part in parts])
+    grid = solve_in_turn(target, couplings, options.coupling_damping, scheme, rows_solver.choose_few)
     return joined([rows_solver.judged(W[part].float(), part_of(grid, part)) for part in parts])
 
 
-def _turned(H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _turned(H: torch.Tensor, order: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
     """H with its channels in `order`, a panel at a time: matrices this large set the peak memory of a whole run."""
-    turned = torch.empty_like(H)
+    turned = torch.empty_like(H) if memory is None else memory
     for start in range(0, len(H), PANEL):
         turned[start : start + PANEL] = H[order[start : start + PANEL]][:, order]
     return turned

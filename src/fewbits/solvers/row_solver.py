@@ -55,13 +55,14 @@ class RowSolver:
             turned.diagonal().add_(factor.damping)
             self._added = self._added + factor.damping
 
-    def solution(self, W: torch.Tensor) -> Solution:
-        """The solution of rows fp32 [n, K]."""
+    def solution(self, target: torch.Tensor, W: torch.Tensor) -> Solution:
+        """The solution of rows fp32 [n, K] that are to come close to `target`, with what they lost of W."""
         if self._factor is None:
             return self.judged(W, self._rounded(W))
-        solved, loss = self._compensated(W, self._factor)
-        restored = self._restore_worse_rows(W, solved)
-        return self.judged(W, solved, None if restored or not self._can_descend else loss)
+        solved, loss = self._compensated(target, self._factor)
+        restored = self._restore_worse_rows(target, solved)
+        known = self._can_descend and not restored and target is W
+        return self.judged(W, solved, loss if known else None)
 
     def choose_few(self, W: torch.Tensor) -> Grid:
         """Codes of so few rows that looking at some of them costs; from 4 bits on none came out worse than rounded."""

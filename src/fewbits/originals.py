@@ -1,0 +1,85 @@
+"""Originals: what the unquantized model passes from block to block, for some of the text, and its inputs in one block.
+
+Beside the forward whose linears are being quantized, some of its micro-batches go through each block as it is in the
+files, one after the other, before any of its codes are chosen. From their inputs the drift is measured (`drift.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fewbits.block_inputs import BlockInputs
+from fewbits.states import write_tensors
+from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_first_tensor
+
+# Of so many micro-batches one goes through the original model.
+STRIDE = 2
+# Bytes of one block's inputs that are held in memory; past them they wait in a file.
+MEMORY_LIMIT = 1 << 28
+
+
+class Originals:
+    """States and inputs of the original model, by micro-batch.
+
+    Args:
+        states: those behind the last block that is not run, by the micro-batch's number; None to start with the first.
+        nbytes: of the inputs of a block's linears, all micro-batches together.
+        folder: where inputs wait.
+    """
+
+    def __init__(self, states: Mapping[int, torch.Tensor] | None, nbytes: int, folder: Path | None) -> None:
+        self._states = dict(states or {})
+        self._inputs = BlockInputs(1, nbytes // STRIDE, MEMORY_LIMIT, nbytes, folder)
+        self._kept: set[tuple[int, int]] = set()
+
+    def __enter__(self) -> Originals:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inputs.__exit__(kind, error, trace)
+
+    def run_block(self, forward: SuspendedForward, index: int) -> None:
+        """Run a block, as it still is, on what the original model passes on; inputs of the block before are dropped."""
+        for place, number in sorted(self._kept):
+            self._inputs.drop(place, number)
+        self._kept.clear()
+        for micro_batch in forward.micro_batches[::STRIDE]:
+            arguments = forward.arguments_of(index, micro_batch)
+            if micro_batch.index in self._states:
+                arguments = with_first_tensor(*arguments, self._states[micro_batch.index].to(forward.skeleton.device))
+            output = forward.call(index, micro_batch, arguments)
+            self._states[micro_batch.index] = hidden_of(output).detach().cpu()
+
+    def keep(self, place: int, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
+        """Keep what linears at some place of the block at hand multiply; only the first of a micro-batch."""
+        if (place, micro_batch.index) not in self._kept:
+            self._kept.add((place, micro_batch.index))
+            self._inputs.keep(place, micro_batch.index, inputs)
+
+    def inputs(self, place: int, micro_batch: MicroBatch) -> torch.Tensor | None:
+        """What was kept; None if nothing was."""
+        kept = (place, micro_batch.index) in self._kept
+        return self._inputs.look(place, micro_batch.index) if kept else None
+
+    def save_states(self, path: Path) -> None:
+        """Write what the block just run passes on, to go on from later.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        write_tensors(path, {str(index): states for index, states in sorted(self._states.items())})
+
+
+def load_original_states(path: Path) -> dict[int, torch.Tensor]:
+    """What `Originals.save_states` wrote."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = load_file(str(path))
+    return {int(name): states for name, states in found.items()}

@@ -1,0 +1,42 @@
+"""Targets for drifted inputs: weights whose outputs on what the quantized model passes on are the original's.
+
+With H = Σ wₜ xₜ xₜᵀ and D = Σ wₜ (x°ₜ − xₜ) xₜᵀ, Σ wₜ ‖W x°ₜ − Ŵ xₜ‖² is tr((V − Ŵ) H (V − Ŵ)ᵀ) and a constant, about
+V = W (I + D H⁻¹). D is an estimate from some of the tokens, and following it to the end fits its noise: V goes SHARE of
+the way.
+Source: Li et al. 2025, arXiv 2504.02692 (GPTAQ), which corrects column by column, inside the sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fewbits.fp32_products import fast_fp32
+from fewbits.solvers.factorization import inverse_factor
+
+# Of the way to where the outputs would be the original's.
+SHARE = 0.5
+# Share of the mean diagonal of H: an estimate from some of the tokens is not to be magnified where H is small.
+DAMPING = 0.1
+
+
+def drifted_targets(
+    W: torch.Tensor, H: torch.Tensor, D: torch.Tensor, parts: Sequence[slice], *, keep: bool
+) -> torch.Tensor:
+    """W + SHARE · W D H⁻¹ [N, K] in W's dtype, some rows at a time; W itself where H cannot be factored.
+
+    Args:
+        keep: False lets D be written over.
+    """
+    steps = torch.empty_like(W)
+    with fast_fp32():
+        for rows in parts:
+            steps[rows] = W[rows].float() @ D
+        factor = inverse_factor(H, DAMPING, None if keep else D)
+        if factor is None:
+            return W
+        for rows in parts:
+            step = (steps[rows].float() @ factor.U.T) @ factor.U
+            steps[rows] = step.mul_(SHARE).add_(W[rows])
+    return steps
