@@ -221,9 +221,9 @@ class _Run:
                     (self._gradients[number],) = torch.autograd.grad(output, hidden, self._gradients[number])
                     self._check_finite(index, self._gradients[number])
             keep_grams(index, {name: gram.finish() for name, gram in seen.output_grams.items()})
-            # Gradients come and go with the graphs of micro-batches, and leave holes in the heap.
-            return_free_memory()
             self._watcher("backward", count - index, count)
+        # Gradients came and went with the graphs of micro-batches, and left holes in the heap.
+        return_free_memory()
 
     def _compute_again(self, inputs: BlockInputs, index: int) -> None:
         """Run forward from the nearest kept block, keeping what enters the blocks up to `index`."""
