@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fewbits.absorbing import FoldPlace
+from fewbits.allocator import return_free_memory
 from fewbits.block_folds import Folding, find_block_folds, refusal_notes
 from fewbits.drift import DriftAccumulator
 from fewbits.errors import CalibrationError
@@ -339,6 +340,9 @@ class BlockRun:
     def _solve_group(self, group: _Group) -> None:
         assert group.accumulator is not None
         before = time.perf_counter()
+        if self._forward.pager is not None:
+            self._forward.pager.let_go()
+            return_free_memory()
         # Codes are chosen by compiled kernels, which run on the CPU.
         statistics = group.accumulator.finish()
         if group.drift is not None:

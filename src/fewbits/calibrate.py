@@ -30,11 +30,14 @@ from fewbits.block_run import BlockRun, Follows, Solve, Timings, TokenWeights, W
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.originals import Originals
+from fewbits.paging import Pager
 from fewbits.skeleton import Skeleton
 from fewbits.states import States, write_states
 from fewbits.suspended import SuspendedForward, hidden_of, structure_of
 
 MICRO_BATCH_TOKENS = 2048
+# Hidden states that take more than this lie in mapped files between blocks.
+PAGED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ def bytes_in_flight(skeleton: Skeleton, tokens: int, layers: Sequence[LinearLaye
     return tokens * (2 * skeleton.hidden_bytes + widest * skeleton.element_size)
 
 
+def _pager(skeleton: Skeleton, tokens: int, folder: Path | None) -> Pager | None:
+    """Where hidden states of all tokens are worth a file."""
+    if folder is None or tokens * skeleton.hidden_bytes < PAGED_BYTES or not Pager.is_possible(str(skeleton.device)):
+        return None
+    return Pager(folder)
+
+
 @torch.no_grad()
 def run_blocks(
     skeleton: Skeleton,
@@ -135,6 +145,7 @@ def run_blocks(
         outputs=() if states is None else states.outputs,
         structure="tensor" if states is None else states.structure,
         stash=stash,
+        pager=_pager(skeleton, ids.numel(), folder) if stash is None else None,
     )
     originals = None
     if follows is not None:

@@ -55,7 +55,8 @@ class Originals:
             if micro_batch.index in self._states:
                 arguments = with_first_tensor(*arguments, self._states[micro_batch.index].to(forward.skeleton.device))
             output = forward.call(index, micro_batch, arguments)
-            self._states[micro_batch.index] = hidden_of(output).detach().cpu()
+            states = hidden_of(output).detach().cpu()
+            self._states[micro_batch.index] = states if forward.pager is None else forward.pager.paged(states)
 
     def keep(self, place: int, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
         """Keep what linears at some place of the block at hand multiply; only the first of a micro-batch."""

@@ -220,7 +220,7 @@ def _solved_together(
     if statistics.tokens < TOKENS_PER_CHANNEL * first.shape[1]:
         what = f"solved on {statistics.tokens} tokens for {first.shape[1]} inputs"
         notes.append(Note(layers[0].name, what, f"fewer than {TOKENS_PER_CHANNEL} times its width: give more text"))
-    stacked = torch.cat(list(weights))
+    stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     H, scale_dtype = statistics.gram, torch_dtype(first.scale_dtype)
     options = replace(DEFAULTS, damping=_damping(statistics), coupling_damping=_coupling_damping(couplings, statistics))
     solution = (

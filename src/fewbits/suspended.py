@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fewbits.block_inputs import BlockInputs
 from fewbits.errors import CalibrationError, MissingDependencyError
+from fewbits.paging import Pager
 from fewbits.skeleton import EXTRA_HINT, Skeleton
 
 
@@ -66,6 +67,7 @@ class SuspendedForward:
     ids: [samples, length]. micro_batch: samples in one. skip: blocks that are not run, because `outputs` holds what the
     last of them returned, one tensor a micro-batch, with `structure` telling in what form.
     stash: where hidden states in front of blocks are put away, so that forwards hold stand-ins without memory.
+    pager: what hidden states between blocks lie in, so that they take no memory while nobody reads them.
     """
 
     skeleton: Skeleton
@@ -75,6 +77,7 @@ class SuspendedForward:
     outputs: Sequence[torch.Tensor] = ()
     structure: str = "tensor"
     stash: BlockInputs | None = None
+    pager: Pager | None = None
     after_last_block: Callable[[MicroBatch, Any], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +97,10 @@ class SuspendedForward:
             block.forward = self._wrapped(number, block.forward)
         for micro_batch in self.micro_batches:
             micro_batch.run = greenlet.greenlet(self._forward)
+        self._embedding_hook = None
+        if self.pager is not None:
+            embeddings = cast(Any, self.skeleton.decoder).get_input_embeddings()
+            self._embedding_hook = embeddings.register_forward_hook(self._page_embeddings)
         return self
 
     def __exit__(
@@ -104,6 +111,8 @@ class SuspendedForward:
             micro_batch.run = None
         for block in self.skeleton.blocks:
             del block.forward  # what hides the class's own
+        if self._embedding_hook is not None:
+            self._embedding_hook.remove()
 
     def start(self) -> None:
         """Run every micro-batch up to the first block."""
@@ -215,10 +224,16 @@ class SuspendedForward:
             self._check_finite(number, output)
             if number == len(self._forwards) - 1 and self.after_last_block is not None:
                 output = self.after_last_block(micro_batch, output)
+            if self.pager is not None:
+                output = with_hidden(output, self.pager.paged(hidden_of(output)))
             micro_batch.output = output
             return output
 
         return wrapped
+
+    def _page_embeddings(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        assert self.pager is not None
+        return self.pager.paged(output)
 
     def _put_away(
         self, number: int, micro_batch: MicroBatch, args: tuple[Any, ...], kwargs: dict[str, Any]

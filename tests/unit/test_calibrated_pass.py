@@ -153,6 +153,19 @@ def test_streamed_blocks_return_what_those_of_the_whole_model_do_bit_for_bit(che
         assert all(map(torch.equal, outputs, expected[block]))
 
 
+def test_states_in_mapped_files_make_no_difference(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_pass(checkpoint, rounding=True)
+    monkeypatch.setattr("fewbits.calibrate.PAGED_BYTES", 0)
+    paged = run_pass(checkpoint, rounding=True, folder=tmp_path)
+    for (layers, expected), (again, found) in zip(plain.calls, paged.calls, strict=True):
+        assert layers == again and expected is not None and found is not None
+        assert torch.equal(expected.gram, found.gram)
+    assert all(map(torch.equal, plain.outputs[1], paged.outputs[1]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_statistics_are_those_of_a_whole_model_whose_earlier_linears_are_quantized(checkpoint: Path) -> None:
     seen = run_pass(checkpoint, rounding=True)
     whole = whole_model(checkpoint)
@@ -216,6 +229,37 @@ def test_linears_that_tokens_are_weighed_for_have_statistics_of_their_own(checkp
         assert statistics is not None
         bound = 1e-6 * (rows.abs() * weights).T @ rows.abs()
         assert bool(((statistics.gram.double() - (rows * weights).T @ rows).abs() <= bound).all())
+
+
+def test_drift_is_measured_from_the_inputs_of_the_unquantized_model(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewbits.originals.STRIDE", 1)
+    plain = run_pass(checkpoint, rounding=False, folder=tmp_path, follows=lambda layers: True)
+    for _, statistics in plain.calls:
+        assert statistics is not None
+        assert statistics.drift is None or not bool(statistics.drift.any())
+    seen = run_pass(checkpoint, rounding=True, folder=tmp_path, follows=lambda layers: True)
+    whole, quantized = whole_model(checkpoint), whole_model(checkpoint)
+    followed = 0
+    for layers, statistics in seen.calls:
+        rows = []
+        for model in (whole, quantized):
+            with InputsOf(matrix(model, layers[0])) as inputs:
+                run_whole(model)
+            rows.append(torch.cat(inputs.rows))
+        assert statistics is not None
+        if statistics.drift is None:
+            assert any(EXPERT.fullmatch(layer.name) for layer in layers) or len(rows[1]) != IDS.numel()
+        else:
+            moved, x = rows[0] - rows[1], rows[1]
+            bound = 1e-2 * moved.abs().T @ x.abs() + 1e-6
+            assert bool(((statistics.drift.double() - moved.T @ x).abs() <= bound).all())
+            followed += bool(statistics.drift.any())
+        with torch.no_grad():
+            for layer in layers:
+                matrix(quantized, layer).copy_(coarse(matrix(quantized, layer)))
+    assert followed
 
 
 def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: int) -> dict[str, torch.Tensor]:

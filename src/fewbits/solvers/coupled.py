@@ -70,23 +70,29 @@ def solve_in_turn(
     for G in couplings:
         coupled.append(_Coupled(W[first : first + len(G)], G, first, damping))
         first += len(G)
-    parts: list[Grid] = []
-    order: list[torch.Tensor] = []
+    grid: Grid | None = None
     for begin in range(0, max(len(each.places) for each in coupled), ROWS):
         present = [each for each in coupled if len(each.places) > begin]
         targets = torch.cat([each.targets(begin) for each in present])
-        grid = solve_rows(targets)
-        missed = targets.sub_(decode_codes(*grid, scheme))
+        solved = solve_rows(targets)
+        places = torch.cat([each.places[begin : begin + ROWS] for each in present])
+        grid = _room(solved, len(W)) if grid is None else grid
+        for part, some in zip(grid, solved, strict=True):
+            if part is not None and some is not None:
+                part[places] = some
+        missed = targets.sub_(decode_codes(*solved, scheme))
         for each, rows in zip(
             present, torch.split(missed, [len(each.targets(begin)) for each in present]), strict=True
         ):
             each.missed(begin, rows)
-        parts.append(grid)
-        order += [each.places[begin : begin + ROWS] for each in present]
-    return _in_order(parts, torch.cat(order).argsort())
+    assert grid is not None
+    return grid
 
 
-def _in_order(parts: Sequence[Grid], places: torch.Tensor) -> Grid:
-    codes, scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    zeros = [part[2] for part in parts if part[2] is not None]
-    return codes[places], scales[places], torch.cat(zeros)[places] if zeros else None
+def _room(like: Grid, rows: int) -> Grid:
+    """A grid of so many rows, to be filled."""
+    codes, scales, zeros = like
+    return (
+        codes.new_empty(rows, codes.shape[1]), scales.new_empty(rows, scales.shape[1]),
+        None if zeros is None else zeros.new_empty(rows, zeros.shape[1]),
+    )  # fmt: skip
