@@ -223,6 +223,7 @@ class _Run:
             keep_grams(index, {name: gram.finish() for name, gram in seen.output_grams.items()})
             self._watcher("backward", count - index, count)
         # Gradients came and went with the graphs of micro-batches, and left holes in the heap.
+        self._gradients.clear()
         return_free_memory()
 
     def _compute_again(self, inputs: BlockInputs, index: int) -> None:

@@ -108,7 +108,9 @@ class SuspendedForward:
     ) -> None:
         for micro_batch in self.micro_batches:
             micro_batch.run.throw()  # ends those that still wait somewhere
-            micro_batch.run = None
+            # Whoever still knows this forward is not to keep its states in memory.
+            micro_batch.run = micro_batch.output = micro_batch.ready = None
+            micro_batch.arguments = (), {}
         for block in self.skeleton.blocks:
             del block.forward  # what hides the class's own
         if self._embedding_hook is not None:
