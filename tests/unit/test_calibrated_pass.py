@@ -356,7 +356,8 @@ def test_a_pass_goes_on_from_saved_states_as_if_never_interrupted(checkpoint: Pa
     seen = run_pass(checkpoint, rounding=True)
     solve = lambda layers, weights, statistics: [coarse(weight) for weight in weights]  # noqa: E731
     with skeleton_of(checkpoint, torch.bfloat16) as (skeleton, layers):
-        first = next(iter(run_blocks(skeleton, IDS, layers, solve, micro_batch=MICRO_BATCH)))
+        blocks = run_blocks(skeleton, IDS, layers, solve, micro_batch=MICRO_BATCH)
+        first = next(blocks)
         assert first.save_states(tmp_path / "states")
     rest = run_pass(checkpoint, rounding=True, states=load_states(tmp_path / "states"))
     assert list(rest.outputs) == [1]
