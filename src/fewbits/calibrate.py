@@ -29,7 +29,7 @@ from fewbits.block_inputs import BlockInputs
 from fewbits.block_run import BlockRun, Follows, Solve, Timings, TokenWeights, Watcher
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
-from fewbits.originals import Originals
+from fewbits.originals import Originals, stride_of
 from fewbits.paging import Pager
 from fewbits.skeleton import Skeleton
 from fewbits.states import States, write_states
@@ -149,8 +149,9 @@ def run_blocks(
     )
     originals = None
     if follows is not None:
-        nbytes = max(sum(layer.in_features for layer in block.values()) for block in wanted.values())
-        originals = Originals(original_states, nbytes * ids.numel() * skeleton.element_size, folder)
+        together = max(sum(layer.in_features for layer in block.values()) for block in wanted.values())
+        stride = stride_of(ids.numel(), max(layer.in_features for block in wanted.values() for layer in block.values()))
+        originals = Originals(original_states, stride, together * ids.numel() * skeleton.element_size, folder)
     with forward, stash or nullcontext(), originals or nullcontext():
         forward.start()
         forward.outputs = ()

@@ -17,8 +17,10 @@ from fewbits.block_inputs import BlockInputs
 from fewbits.states import write_tensors
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_first_tensor
 
-# Of so many micro-batches one goes through the original model.
-STRIDE = 2
+# At most one in so many micro-batches goes through the original model, and no more tokens than this many times the
+# widest linear's inputs: what more would add to the estimate of drift is not worth their time.
+SHORTEST_STRIDE = 2
+TOKENS_PER_CHANNEL = 8
 # Bytes of one block's inputs that are held in memory; past them they wait in a file.
 MEMORY_LIMIT = 1 << 28
 
@@ -28,13 +30,16 @@ class Originals:
 
     Args:
         states: those behind the last block that is not run, by the micro-batch's number; None to start with the first.
-        nbytes: of the inputs of a block's linears, all micro-batches together.
+        stride: of so many micro-batches one goes through the original model. nbytes: of the inputs of a block's
+            linears, all micro-batches together.
         folder: where inputs wait.
     """
 
-    def __init__(self, states: Mapping[int, torch.Tensor] | None, nbytes: int, folder: Path | None) -> None:
-        self._states = dict(states or {})
-        self._inputs = BlockInputs(1, nbytes // STRIDE, MEMORY_LIMIT, nbytes, folder)
+    def __init__(
+        self, states: Mapping[int, torch.Tensor] | None, stride: int, nbytes: int, folder: Path | None
+    ) -> None:
+        self._states, self._stride = dict(states or {}), stride
+        self._inputs = BlockInputs(1, nbytes // stride, MEMORY_LIMIT, nbytes, folder)
         self._kept: set[tuple[int, int]] = set()
 
     def __enter__(self) -> Originals:
@@ -50,7 +55,7 @@ class Originals:
         for place, number in sorted(self._kept):
             self._inputs.drop(place, number)
         self._kept.clear()
-        for micro_batch in forward.micro_batches[::STRIDE]:
+        for micro_batch in forward.micro_batches[:: self._stride]:
             arguments = forward.arguments_of(index, micro_batch)
             if micro_batch.index in self._states:
                 arguments = with_first_tensor(*arguments, self._states[micro_batch.index].to(forward.skeleton.device))
@@ -76,6 +81,11 @@ class Originals:
             OutputError: the disk is full or fails.
         """
         write_tensors(path, {str(index): states for index, states in sorted(self._states.items())})
+
+
+def stride_of(tokens: int, widest: int) -> int:
+    """Of how many micro-batches one goes through the original model, where `widest` is a linear's most inputs."""
+    return max(SHORTEST_STRIDE, round(tokens / (TOKENS_PER_CHANNEL * widest)))
 
 
 def load_original_states(path: Path) -> dict[int, torch.Tensor]:

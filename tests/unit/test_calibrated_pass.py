@@ -234,7 +234,7 @@ def test_linears_that_tokens_are_weighed_for_have_statistics_of_their_own(checkp
 def test_drift_is_measured_from_the_inputs_of_the_unquantized_model(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewbits.originals.STRIDE", 1)
+    monkeypatch.setattr("fewbits.originals.SHORTEST_STRIDE", 1)
     plain = run_pass(checkpoint, rounding=False, folder=tmp_path, follows=lambda layers: True)
     for _, statistics in plain.calls:
         assert statistics is not None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fewbits.drift import DriftAccumulator
+from fewbits.originals import stride_of
 from fewbits.schemes import Scheme
 from fewbits.solvers import drifted
 from fewbits.solvers.drifted import drifted_targets
@@ -78,3 +79,11 @@ def test_solving_for_drifted_inputs_comes_closer_to_the_original_outputs(coupled
 def test_a_statistic_that_cannot_be_factored_leaves_the_weights_as_the_target() -> None:
     W, nothing = weight(), torch.zeros(WIDTH, WIDTH)
     assert drifted_targets(W, nothing, nothing.clone(), [slice(0, ROWS)], keep=True) is W
+
+
+@pytest.mark.parametrize(
+    ("tokens", "widest", "stride"),
+    [(32768, 1536, 3), (32768, 2048, 2), (32768, 8192, 2), (262144, 1536, 21), (8, 64, 2)],
+)
+def test_long_texts_are_followed_as_far_as_drift_needs(tokens: int, widest: int, stride: int) -> None:
+    assert stride_of(tokens, widest) == stride
