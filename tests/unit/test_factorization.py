@@ -82,3 +82,21 @@ def test_where_bits_would_be_lost_products_stay_where_they_were(monkeypatch: pyt
             assert settings.fp32_precision == before
     finally:
         _onednn_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize("width", [100, 576, 700])
+def test_the_factor_is_the_same_whatever_the_number_of_threads(width: int) -> None:
+    inputs = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0))
+    H = inputs.T @ inputs
+    before, factors = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        factor = inverse_factor(H)
+        assert factor is not None
+        factors.append(factor.U)
+    torch.set_num_threads(before)
+    assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
+    identity = (
+        factors[0].double().T @ factors[0].double() @ (H.double() + 0.01 * H.diagonal().mean() * torch.eye(width))
+    )
+    assert torch.allclose(identity, torch.eye(width, dtype=torch.float64), atol=1e-3)

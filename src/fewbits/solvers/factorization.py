@@ -17,6 +17,8 @@ DAMPING = 0.01
 DAMPING_STEPS = 5
 # Triangles this wide are inverted by substitution, wider ones by halves.
 SMALL_TRIANGLE = 256
+# Columns factored at a time.
+STEP = 128
 # Columns or rows that are multiplied by a triangle at a time.
 PANEL = 1024
 # Numbers turned around at a time.
@@ -66,17 +68,34 @@ def _inverse_upper(H: torch.Tensor, added: float, memory: torch.Tensor | None = 
         rows = H[start : start + SMALL_TRIANGLE]
         memory[len(H) - start - len(rows) : len(H) - start] = rows.flip(0, 1)
     memory.diagonal().add_(added)
-    L, failed = memory.T, torch.empty((), dtype=torch.int32)
-    # By columns, as LAPACK has it, L may replace what it is a factor of.
-    torch.linalg.cholesky_ex(L, out=(L, failed))
-    if failed.item() or not torch.isfinite(L.diagonal()).all():
-        return None
+    with fast_fp32():
+        if not _factor_upper(memory):
+            return None
     _reverse(memory.view(-1))
     U = memory.T
     with fast_fp32():
         _invert_upper(U)
     # By its sum: looking at each number on its own would take another matrix.
     return U if bool(torch.isfinite(U.sum())) else None
+
+
+def _factor_upper(M: torch.Tensor) -> bool:
+    """Replace the symmetric M by upper triangular R with Rᵀ R = M; False where it is not positive definite.
+
+    LAPACK's own factor of more than STEP columns differs in its last bits with the number of threads.
+    """
+    for start in range(0, len(M), STEP):
+        step, behind = slice(start, start + STEP), slice(start + STEP, None)
+        L, failed = torch.linalg.cholesky_ex(M[step, step].contiguous())
+        if failed.item() or not torch.isfinite(L.diagonal()).all():
+            return False
+        M[step, step] = L.T
+        M[step, behind] = torch.linalg.solve_triangular(L, M[step, behind].contiguous(), upper=False)
+        for first in range(start + STEP, len(M), PANEL):
+            rows = slice(first, first + PANEL)
+            M[rows, first:].addmm_(M[step, rows].T, M[step, first:], alpha=-1)
+    M.triu_()
+    return True
 
 
 def _reverse(numbers: torch.Tensor) -> None:
