@@ -54,15 +54,18 @@ def solve(
     seen = H.diagonal().clone()
     living = torch.where(seen > 0, seen, seen[seen > 0].mean() if bool((seen > 0).any()) else 1.0)
     order = _order(living, scheme.group_size or K) if options.ordered else torch.arange(K)
-    target = W if drift is None else drifted_targets(W, H, drift, parts, keep=keep_gram)
+    target = None if drift is None else drifted_targets(W, H, drift, parts, keep=keep_gram)
     turned = _turned(H, order, None if keep_gram else drift)
     turned.diagonal().copy_(living[order])
     factor = inverse_factor(turned, options.damping, None if keep_gram else H)
-    rows_solver = RowSolver(turned, factor, order, seen, living, scheme, scale_dtype, options)
+    solver = RowSolver(turned, factor, order, seen, living, scheme, scale_dtype, options)
     if factor is None or not couplings:
-        return joined([rows_solver.solution(target[part].float(), W[part].float()) for part in parts])
-    grid = solve_in_turn(target, couplings, options.coupling_damping, scheme, rows_solver.choose_few)
-    return joined([rows_solver.judged(W[part].float(), part_of(grid, part)) for part in parts])
+        return joined(
+            [solver.solution(W[part].float(), None if target is None else target[part].float()) for part in parts]
+        )
+    aim = W if target is None else target
+    grid = solve_in_turn(aim, couplings, options.coupling_damping, scheme, solver.choose_few)
+    return joined([solver.judged(W[part].float(), part_of(grid, part)) for part in parts])
 
 
 def _turned(H: torch.Tensor, order: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:

@@ -55,13 +55,13 @@ class RowSolver:
             turned.diagonal().add_(factor.damping)
             self._added = self._added + factor.damping
 
-    def solution(self, target: torch.Tensor, W: torch.Tensor) -> Solution:
-        """The solution of rows fp32 [n, K] that are to come close to `target`, with what they lost of W."""
+    def solution(self, W: torch.Tensor, target: torch.Tensor | None = None) -> Solution:
+        """The solution of rows fp32 [n, K] that comes close to `target` (W if None), with what it lost of W."""
         if self._factor is None:
             return self.judged(W, self._rounded(W))
-        solved, loss = self._compensated(target, self._factor)
-        restored = self._restore_worse_rows(target, solved)
-        known = self._can_descend and not restored and target is W
+        aim = W if target is None else target
+        solved, loss = self._compensated(aim, self._factor)
+        known = not self._restore_worse_rows(aim, solved) and self._can_descend and target is None
         return self.judged(W, solved, loss if known else None)
 
     def choose_few(self, W: torch.Tensor) -> Grid:
