@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from fewbits.absorbing import FoldPlace
 from fewbits.allocator import return_free_memory
 from fewbits.block_folds import Folding, find_block_folds, refusal_notes
 from fewbits.drift import DriftAccumulator
 from fewbits.errors import CalibrationError
+from fewbits.input_groups import InputGroup, InputGroups, is_expert
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.originals import Originals
@@ -38,8 +37,6 @@ Solve = Callable[[Sequence[LinearLayer], Sequence[torch.Tensor], Statistics | No
 Watcher = Callable[[str, Sequence[LinearLayer]], None]
 # One number a token for the consumers of one input, or None for plain statistics.
 TokenWeights = Callable[[Sequence[LinearLayer]], torch.Tensor | None]
-# Whether the consumers of one input are solved by how far it has drifted from the original model's.
-Follows = Callable[[Sequence[LinearLayer]], bool]
 
 
 @dataclass
@@ -52,26 +49,6 @@ class Timings:
     solve_s: float = 0.0
     folds_s: float = 0.0
     total_s: float = 0.0
-
-
-@dataclass(eq=False)
-class _Group:
-    """Consumers of one input: the slots that multiply it, and the layers of the files that lie in them."""
-
-    slots: list[Slot]
-    order: tuple[int, int, int]
-    accumulator: StatisticsAccumulator | None = None
-    arrived: set[int] = field(default_factory=set)
-    solved: bool = False
-    late_tokens: int = 0
-    place: FoldPlace | None = None
-    sample: TokenSample | None = None
-    # Of so many micro-batches one goes into the Gram.
-    stride: int = 1
-    # Of the distinct input among the block's; with `follows`, its drift is measured.
-    input: int = -1
-    follows: bool = False
-    drift: DriftAccumulator | None = None
 
 
 class BlockRun:
@@ -87,19 +64,16 @@ class BlockRun:
         token_weights: TokenWeights | None,
         folding: Folding | None,
         originals: Originals | None,
-        follows: Follows,
         timings: Timings,
         watcher: Watcher | None,
     ) -> None:
         self._skeleton, self._forward, self._index = skeleton, forward, index
         self._layers, self._solve, self._token_weights = layers, solve, token_weights
         self._folding, self._timings = folding, timings
-        self._originals, self._follows = originals, follows
+        self._originals = originals
         self._report = watcher
         self._notes: list[Note] = []
-        self._groups: dict[tuple[str, int | None], _Group] = {}
-        self._units: dict[str, int] = {}
-        self._members: dict[tuple[str, str], int] = {}
+        self._groups = InputGroups()
         self._watcher: Callable[[Slot, torch.Tensor], None] | None = None
         self._solved_layers: set[str] = set()
         self._weights: dict[str, torch.Tensor] = {}
@@ -148,7 +122,7 @@ class BlockRun:
             for micro_batch in self._forward.micro_batches:
                 self._forward.run_alone(self._index, micro_batch)
         self._watcher = None
-        reached = [group for group in dict.fromkeys(self._groups.values()) if group.accumulator is not None]
+        reached = [group for group in self._groups if group.accumulator is not None]
         for group in sorted(reached, key=lambda group: group.order):
             self._solve_group(group)
         for micro_batch in self._forward.micro_batches:
@@ -173,24 +147,12 @@ class BlockRun:
         return product()
 
     def _dry_run(self) -> None:
-        """Find which slots share an input: the same tensor, or another view of the same memory."""
-        seen: list[torch.Tensor] = []  # kept alive, so that memory is not used twice
-        by_input: dict[tuple[Any, ...], _Group] = {}
-
-        def record(slot: Slot, inputs: torch.Tensor) -> None:
-            seen.append(inputs)
-            key = (inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs._version, inputs.dtype)
-            if (slot.parameter, slot.expert) in self._groups:
-                return
-            group = by_input.setdefault(key, _Group([], self._order(slot), input=len(by_input)))
-            group.slots.append(slot)
-            self._groups[slot.parameter, slot.expert] = group
-
-        self._watcher = record
+        """Find which slots share an input."""
+        self._watcher = self._groups.recorder()
         micro_batch = self._forward.micro_batches[0]
         arguments = self._forward.arguments_of(self._index, micro_batch)
         # Of experts as many as can be are to be reached; a few tokens come by everything else.
-        if not any(expert is not None or _numbered(parameter) for parameter, expert in self._parts):
+        if not any(is_expert(Slot(*key)) for key in self._parts):
             arguments = first_tokens(arguments, PROBE_TOKENS, dtype=None)
         self._forward.call(self._index, micro_batch, arguments)
 
@@ -199,7 +161,7 @@ class BlockRun:
         if self._folding is None:
             return
         before = time.perf_counter()
-        groups = sorted(set(self._groups.values()), key=lambda group: group.order)
+        groups = sorted(self._groups, key=lambda group: group.order)
         wanting = {tuple(group.slots): group for group in groups if self._folding.wants(self._layers_of(group))}
         if wanting:
             self._watcher = None
@@ -214,14 +176,12 @@ class BlockRun:
 
     def _split_by_importance(self) -> None:
         """Give every linear that tokens are weighed for a statistic of its own, unless its group shares a fold."""
-        for group in set(self._groups.values()):
-            if self._token_weights is None or group.place is not None or len(group.slots) == 1:
-                continue
-            if any(slot.expert is not None or _numbered(slot.parameter) for slot in group.slots):
-                continue
-            if self._token_weights(self._layers_of(group)) is not None:
-                for slot in group.slots:
-                    self._groups[slot.parameter, slot.expert] = _Group([slot], self._order(slot), input=group.input)
+        if self._token_weights is None:
+            return
+        for group in self._groups:
+            shared = group.place is not None or group.has_experts or len(group.slots) == 1
+            if not shared and self._token_weights(self._layers_of(group)) is not None:
+                self._groups.split(group)
 
     def _run_original(self) -> None:
         """Have the original model go on by this block, and keep the inputs that drift is measured from."""
@@ -229,10 +189,9 @@ class BlockRun:
             return
         originals = self._originals
         readers: dict[int, Slot] = {}
-        for group in dict.fromkeys(self._groups.values()):
-            experts = any(slot.expert is not None or _numbered(slot.parameter) for slot in group.slots)
+        for group in self._groups:
             # What is folded multiplies other inputs than the original model's.
-            if not experts and group.place is None and self._follows(self._layers_of(group)):
+            if not group.has_experts and group.place is None and originals.follows(self._layers_of(group)):
                 group.follows = True
                 readers.setdefault(group.input, group.slots[0])
         inputs_of = {slot: number for number, slot in readers.items()}
@@ -245,34 +204,18 @@ class BlockRun:
         originals.run_block(self._forward, self._index)
         self._watcher = None
 
-    def _gram_stride(self, group: _Group) -> int:
+    def _gram_stride(self, group: InputGroup) -> int:
         """Of how many micro-batches one makes a Gram that is good enough."""
         enough = None if self._folding is None else self._folding.tokens_for_gram(self._layers_of(group))
         # Experts see a choice of the tokens: all of it counts.
-        if enough is None or any(slot.expert is not None or _numbered(slot.parameter) for slot in group.slots):
+        if enough is None or group.has_experts:
             return 1
         micro_batches = self._forward.micro_batches
         return max(1, len(micro_batches) // math.ceil(enough / micro_batches[0].ids.numel()))
 
-    def _order(self, slot: Slot) -> tuple[int, int, int]:
-        """Where a slot stands: as first seen, and experts of a list by their number, though only some are seen."""
-        path = slot.parameter.split(".")
-        numbers = _numbered(slot.parameter)
-        if slot.expert is not None:
-            unit, number, member = ".".join(path[:-1]), slot.expert, path[-1]
-        elif numbers:
-            unit, number, member = ".".join(path[: numbers[0]]), int(path[numbers[0]]), ".".join(path[numbers[0] + 1 :])
-        else:
-            unit, number, member = slot.parameter, 0, ""
-        place = self._units.setdefault(unit, len(self._units))
-        return place, number, self._members.setdefault((unit, member), len(self._members))
-
     def _arrive(self, slot: Slot, inputs: torch.Tensor) -> None:
         """A micro-batch has come to a linear: add its input, and wait until all have."""
-        key = slot.parameter, slot.expert
-        if key not in self._groups:
-            self._groups[key] = _Group([slot], self._order(slot))
-        group, micro_batch = self._groups[key], self._forward.running
+        group, micro_batch = self._groups.of(slot), self._forward.running
         if group.solved:
             if micro_batch.index not in group.arrived and slot == group.slots[0]:
                 group.late_tokens += inputs.numel() // inputs.shape[-1]
@@ -282,14 +225,11 @@ class BlockRun:
 
     def _gather(self, slot: Slot, inputs: torch.Tensor) -> None:
         """A micro-batch that does not wait has come to a linear: add its input, once for all consumers."""
-        key = slot.parameter, slot.expert
-        if key not in self._groups:
-            self._groups[key] = _Group([slot], self._order(slot))
-        group, micro_batch = self._groups[key], self._forward.running
+        group, micro_batch = self._groups.of(slot), self._forward.running
         if micro_batch.index not in group.arrived:
             self._add(group, micro_batch, inputs)
 
-    def _add(self, group: _Group, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
+    def _add(self, group: InputGroup, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
         group.arrived.add(micro_batch.index)
         before = time.perf_counter()
         if group.accumulator is None:
@@ -305,14 +245,14 @@ class BlockRun:
         self._timings.statistics_s += time.perf_counter() - before
 
     def _add_drift(
-        self, group: _Group, micro_batch: MicroBatch, inputs: torch.Tensor, weights: torch.Tensor | None
+        self, group: InputGroup, micro_batch: MicroBatch, inputs: torch.Tensor, weights: torch.Tensor | None
     ) -> None:
         original = self._originals.inputs(group.input, micro_batch) if self._originals and group.follows else None
         if original is not None and original.numel() == inputs.numel():
             group.drift = group.drift or DriftAccumulator(inputs.shape[-1], inputs.device)
             group.drift.add(original.to(inputs.device), inputs, weights)
 
-    def _importance(self, group: _Group, micro_batch: MicroBatch, inputs: torch.Tensor) -> torch.Tensor | None:
+    def _importance(self, group: InputGroup, micro_batch: MicroBatch, inputs: torch.Tensor) -> torch.Tensor | None:
         if self._token_weights is None:
             return None
         rows = inputs.numel() // inputs.shape[-1]
@@ -327,17 +267,17 @@ class BlockRun:
             self._weights[name] = weights
         return self._weights[name][micro_batch.tokens].to(inputs.device)
 
-    def _layers_of(self, group: _Group) -> list[LinearLayer]:
+    def _layers_of(self, group: InputGroup) -> list[LinearLayer]:
         return [self._layers[part.tensor] for slot in group.slots for part in self._parts[slot.parameter, slot.expert]]
 
-    def _waiting(self) -> dict[_Group, list[MicroBatch]]:
-        waiting: dict[_Group, list[MicroBatch]] = {}
+    def _waiting(self) -> dict[InputGroup, list[MicroBatch]]:
+        waiting: dict[InputGroup, list[MicroBatch]] = {}
         for micro_batch in self._forward.micro_batches:
-            if isinstance(micro_batch.waiting, _Group):
+            if isinstance(micro_batch.waiting, InputGroup):
                 waiting.setdefault(micro_batch.waiting, []).append(micro_batch)
         return waiting
 
-    def _solve_group(self, group: _Group) -> None:
+    def _solve_group(self, group: InputGroup) -> None:
         assert group.accumulator is not None
         before = time.perf_counter()
         if self._forward.pager is not None:
@@ -353,7 +293,7 @@ class BlockRun:
         layers = self._layers_of(group)
         if not torch.isfinite(statistics.absmax).all():
             raise self._not_finite(layers[0], statistics)
-        self._solve_slots(group.slots, layers, statistics, group)
+        self._solve_slots(group, layers, statistics)
         group.solved, group.sample = True, None
 
     def _not_finite(self, layer: LinearLayer, statistics: Statistics) -> CalibrationError:
@@ -368,9 +308,9 @@ class BlockRun:
             hint = f"{names[self._index]}.{faulty[0]} holds NaN or infinite values: fetch the checkpoint again"
         return CalibrationError(f"The input of {layer.name} has NaN or infinite values in {found}{last}.", hint)
 
-    def _solve_slots(self, slots: list[Slot], layers: list[LinearLayer], statistics: Statistics, group: _Group) -> None:
+    def _solve_slots(self, group: InputGroup, layers: list[LinearLayer], statistics: Statistics) -> None:
         before = time.perf_counter()
-        places = [(slot, part) for slot in slots for part in self._parts[slot.parameter, slot.expert]]
+        places = [(slot, part) for slot in group.slots for part in self._parts[slot.parameter, slot.expert]]
         weights = [self._stored(slot, part).cpu() for slot, part in places]
         if group.place is not None and group.sample is not None and self._folding is not None:
             solved = self._folding.solve(layers, weights, statistics, group.place, group.sample.rows)
@@ -404,7 +344,7 @@ class BlockRun:
 
     def _solve_unseen(self) -> None:
         """Solve what no token reached, and what the model does not multiply by as it lies in the files."""
-        for group in dict.fromkeys(self._groups.values()):
+        for group in self._groups:
             if group.late_tokens:
                 name = self._layers_of(group)[0].name
                 self._notes.append(
@@ -421,11 +361,6 @@ class BlockRun:
             self._solve([layer], [weight.T.contiguous() if layer.transposed else weight], None)
             self._timings.solve_s += time.perf_counter() - before
             self._finished([layer])
-
-
-def _numbered(parameter: str) -> list[int]:
-    """Where in a parameter's name numbers of list members stand."""
-    return [place for place, part in enumerate(parameter.split(".")) if part.isdecimal()]
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -26,10 +26,10 @@ import torch
 
 from fewbits.block_folds import Folding
 from fewbits.block_inputs import BlockInputs
-from fewbits.block_run import BlockRun, Follows, Solve, Timings, TokenWeights, Watcher
+from fewbits.block_run import BlockRun, Solve, Timings, TokenWeights, Watcher
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
-from fewbits.originals import Originals, stride_of
+from fewbits.originals import Follows, Originals, stride_of
 from fewbits.paging import Pager
 from fewbits.skeleton import Skeleton
 from fewbits.states import States, write_states
@@ -151,7 +151,7 @@ def run_blocks(
     if follows is not None:
         together = max(sum(layer.in_features for layer in block.values()) for block in wanted.values())
         stride = stride_of(ids.numel(), max(layer.in_features for block in wanted.values() for layer in block.values()))
-        originals = Originals(original_states, stride, together * ids.numel() * skeleton.element_size, folder)
+        originals = Originals(follows, original_states, stride, together * ids.numel() * skeleton.element_size, folder)
     with forward, stash or nullcontext(), originals or nullcontext():
         forward.start()
         forward.outputs = ()
@@ -160,7 +160,7 @@ def run_blocks(
             forward.waiting_at(index)
             run = BlockRun(
                 skeleton, forward, index, wanted.get(index, {}), solve, token_weights, folding, originals,
-                follows or (lambda layers: False), timings, watcher,
+                timings, watcher,
             )  # fmt: skip
             notes = run.run()
             timings.total_s = time.perf_counter() - began

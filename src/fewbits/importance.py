@@ -161,9 +161,9 @@ class _Run:
         result, micro_batch.result = micro_batch.result, None
         rows = result.detach().flatten(0, -2)
         gradient = torch.empty_like(rows)
-        if not len(self._pulls):
+        if not len(self._pulls) and rows.dtype == torch.bfloat16:
             # Kept from call to call: fresh memory of this size costs more than what is done with it.
-            self._pulls = torch.empty(self._logits_rows, self._skeleton.vocabulary, dtype=torch.bfloat16)
+            self._pulls = torch.empty(self._logits_rows, self._skeleton.vocabulary, dtype=rows.dtype)
         # What outlives the loop is made outside: within, large blocks come from the heap, and leave it with holes.
         with kept_memory():
             self._fill_gradient(micro_batch, rows, gradient)

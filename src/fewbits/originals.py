@@ -6,7 +6,7 @@ files, one after the other, before any of its codes are chosen. From their input
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from fewbits.block_inputs import BlockInputs
+from fewbits.layers import LinearLayer
 from fewbits.states import write_tensors
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_first_tensor
 
+# Whether the consumers of one input are solved by how far it has drifted from the original model's.
+Follows = Callable[[Sequence[LinearLayer]], bool]
 # At most one in so many micro-batches goes through the original model, and no more tokens than this many times the
 # widest linear's inputs: what more would add to the estimate of drift is not worth their time.
 SHORTEST_STRIDE = 2
@@ -29,6 +32,7 @@ class Originals:
     """States and inputs of the original model, by micro-batch.
 
     Args:
+        follows: which linears are solved by their drift.
         states: those behind the last block that is not run, by the micro-batch's number; None to start with the first.
         stride: of so many micro-batches one goes through the original model. nbytes: of the inputs of a block's
             linears, all micro-batches together.
@@ -36,8 +40,14 @@ class Originals:
     """
 
     def __init__(
-        self, states: Mapping[int, torch.Tensor] | None, stride: int, nbytes: int, folder: Path | None
+        self,
+        follows: Follows,
+        states: Mapping[int, torch.Tensor] | None,
+        stride: int,
+        nbytes: int,
+        folder: Path | None,
     ) -> None:
+        self.follows = follows
         self._states, self._stride = dict(states or {}), stride
         self._inputs = BlockInputs(1, nbytes // stride, MEMORY_LIMIT, nbytes, folder)
         self._kept: set[tuple[int, int]] = set()
