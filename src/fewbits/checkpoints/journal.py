@@ -179,14 +179,26 @@ def _standing(folder: Path, records: Sequence[Record]) -> list[Record]:
 
 
 def _refuse_other(folder: Path, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    keys = [key for key in {**found, **given} if found.get(key) != given.get(key)]
-    if not keys:
+    differing = _differing(found, given)
+    if not differing:
         return
-    details = "; ".join(f"{key}: {_brief(found.get(key))} then, {_brief(given.get(key))} now" for key in keys)
+    details = "; ".join(f"{key}: {_brief(then)} then, {_brief(now)} now" for key, (then, now) in differing.items())
     raise PlanError(
-        f"{folder} was begun with another {' and '.join(keys)} ({details}).",
+        f"{folder} was begun with another {' and '.join(differing)} ({details}).",
         f"repeat the command it was begun with, or delete {folder} to begin afresh",
     )
+
+
+def _differing(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs, as dotted names of the innermost objects that both have."""
+    differing: dict[str, tuple[Any, Any]] = {}
+    for key in {**found, **given}:
+        then, now = found.get(key), given.get(key)
+        if isinstance(then, dict) and isinstance(now, dict):
+            differing |= {f"{key}.{inner}": values for inner, values in _differing(then, now).items()}
+        elif then != now:
+            differing[key] = then, now
+    return differing
 
 
 def _brief(value: object) -> str:
