@@ -67,6 +67,23 @@ def test_rows_are_handed_out_once_and_steps_without_rows_are_passed() -> None:
     assert np.array_equal(buffers[1], _expected(np.arange(ROWS), 1))
 
 
+def _sizes(address: Any, start: Any, stop: Any) -> None:
+    """to[first row] = how many rows the piece has."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    carray(pointer_to(block[TO_AT]), (ROWS,), np.int64)[start] = stop - start
+
+
+@pytest.mark.parametrize(
+    ("threads", "multiple", "least", "sizes"),
+    [(1, 1, 1, [5] * 7 + [2]), (2, 4, 10, [20, 17]), (2, 1, 100, [19, 18]), (2, 1, 9, [10, 10, 10, 7])],
+)
+def test_pieces_are_no_smaller_than_is_worth_it(threads: int, multiple: int, least: int, sizes: list[int]) -> None:
+    found = np.zeros(ROWS, np.int64)
+    work = Work(compiled_work(_sizes), {TO_AT: found.ctypes.data}, multiple, least)
+    Program([work.step(ROWS, {})]).run(threads)
+    assert found[found > 0].tolist() == sizes
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads can't be bound to a processor here")
 def test_more_threads_than_processors_take_turns() -> None:
     """Four threads on one processor: each wait that spun for a whole time slice would take milliseconds."""

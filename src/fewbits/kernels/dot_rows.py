@@ -18,6 +18,7 @@ import numpy as np
 from numba import carray, njit
 
 from fewbits.kernels.decoders import BLOCK, add_scaled, codes_at, decoder_of, fetch_block, less_offsets
+from fewbits.kernels.fetching import begin_fetching
 from fewbits.kernels.lanes import LANES, add_products, no_sums, total_of
 from fewbits.kernels.memory import FLOAT32, number_at, pointer_to, write
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
@@ -26,7 +27,8 @@ from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 (
     CODES_AT, ROW_BYTES, BLOCK_BYTES, SPANS, SPAN_BLOCKS, GROUPS, SPAN_SCALES, SCALES_AT, SCALE_KIND, ZEROS_AT,
     RAISED_BY, X_AT, X_STRIDE, PARTS, TOKENS, X_SUMS_AT, X_SCALES_AT, BIAS_AT, OUT_AT, OUT_KIND,
-) = range(OWN, OWN + 20)  # fmt: skip
+    AHEAD,
+) = range(OWN, OWN + 21)  # fmt: skip
 # Bytes of a copied last block: codes, then scales.
 COPY = 256 + 64
 
@@ -87,7 +89,7 @@ def _reaches_out(fields: Any, row: Any) -> Any:
 def _four_rows(decoder: Any, fields: Any, r0: Any, r1: Any, r2: Any, r3: Any, token: Any, copy: Any) -> None:
     wide, width, blocks, spans = fields[BLOCK_BYTES], fields[ROW_BYTES], fields[SPAN_BLOCKS], fields[SPANS]
     codes, scales, step = fields[CODES_AT], fields[SCALES_AT], fields[SPAN_SCALES] * _scale_bytes(fields)
-    row_scales, ahead = _scale_bytes(fields) * fields[GROUPS], 4 * width
+    row_scales, ahead = _scale_bytes(fields) * fields[GROUPS], fields[AHEAD]
     y0, y1, y2, y3 = no_sums(), no_sums(), no_sums(), no_sums()
     last = 1 if _reaches_out(fields, r3) else 0
     if blocks == 1:
@@ -184,6 +186,8 @@ def _rows(decoder: Any, block: Any, start: Any, stop: Any) -> None:
     kept = np.empty(2 * COPY, np.uint8)
     copy = np.int64(kept.ctypes.data)
     if tokens == 1:
+        codes, width = fields[CODES_AT], fields[ROW_BYTES]
+        begin_fetching(codes + start * width, codes + stop * width, fields[AHEAD])
         for r in range(start, stop, 4):
             _four_rows(decoder, fields, r, min(r + 1, last), min(r + 2, last), min(r + 3, last), 0, copy)
     else:

@@ -8,6 +8,7 @@ from fewbits.kernels import dot_rows as rows
 from fewbits.kernels import tokens as arranged
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decoders import BF16, BLOCK, FP8, INT8, RAISED, block_bytes, order_of
+from fewbits.kernels.fetching import bytes_ahead, rows_of_piece
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Work
 from fewbits.kernels.tokens_run import STORED
@@ -42,12 +43,13 @@ class DotRows(CompiledLinear):
         span_blocks = blocks if self._groups == 1 else max(1, size // BLOCK)
         span_scales = 0 if self._groups == 1 else max(1, BLOCK // size)
         lanes = 0 if self._groups == 1 else min(16, size // 8)
+        row_bytes = codes.stride(0) * codes.element_size()
         scale_dtype = torch.float32 if scales is None else scales.dtype
         self._work = Work(
             rows.dot_rows(f"{kind}:{lanes}:{SCALE_NAMES[scale_dtype]}"),
             {
                 rows.CODES_AT: codes.data_ptr(),
-                rows.ROW_BYTES: codes.stride(0) * codes.element_size(),
+                rows.ROW_BYTES: row_bytes,
                 rows.BLOCK_BYTES: block_bytes(kind),
                 rows.SPANS: blocks // span_blocks,
                 rows.SPAN_BLOCKS: span_blocks,
@@ -59,8 +61,10 @@ class DotRows(CompiledLinear):
                 rows.RAISED_BY: raised,
                 rows.X_STRIDE: 2 * self._padded,
                 rows.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
+                rows.AHEAD: bytes_ahead(row_bytes, 4),
             },
             multiple=4,
+            least=rows_of_piece(row_bytes),
         )
         self._arrange = Work(
             arranged.token_work("arranged"),

@@ -32,9 +32,9 @@ from fewbits.kernels.threads import on_threads
 
 # A step's block. Its counters, how many rows were handed out and how many are done, have a cache line of their own.
 TAKEN, DONE = 0, 1
-FUNCTION, ROWS, MULTIPLE, OWN = 8, 9, 10, 11
+FUNCTION, ROWS, MULTIPLE, LEAST, OWN = 8, 9, 10, 11, 12
 # Words of a block: the function's own fields begin at OWN.
-WORDS = 32
+WORDS = 40
 # What a program begins with.
 STEPS, THREADS, YIELD_AT, HEADER = 0, 1, 2, 8
 # Pieces per thread: enough to even out what other processes take.
@@ -108,7 +108,8 @@ def _team(pointer: Any) -> None:
     for _ in range(header[STEPS]):
         block = carray(pointer_to(at), (WORDS,), np.int64)
         rows, multiple = block[ROWS], block[MULTIPLE]
-        share = header[THREADS] * PIECES * multiple
+        pieces = min(PIECES, max(1, rows // (header[THREADS] * block[LEAST])))
+        share = header[THREADS] * pieces * multiple
         piece = max(1, (rows + share - 1) // share) * multiple
         done = 0
         while True:
@@ -161,13 +162,13 @@ class Work:
     """A compiled function, and those of its fields that stay from call to call.
 
     Args:
-        multiple: pieces are multiples of so many rows.
+        multiple: pieces are multiples of so many rows. least: and no smaller than this, if threads can have one each.
     """
 
-    def __init__(self, compiled: Any, fixed: Mapping[int, int], multiple: int = 1) -> None:
+    def __init__(self, compiled: Any, fixed: Mapping[int, int], multiple: int = 1, least: int = 1) -> None:
         self._kept = compiled
         self._block = np.zeros(WORDS, np.int64)
-        self._block[FUNCTION], self._block[MULTIPLE] = compiled.address, multiple
+        self._block[FUNCTION], self._block[MULTIPLE], self._block[LEAST] = compiled.address, multiple, least
         for field, value in fixed.items():
             self._block[field] = value
 
