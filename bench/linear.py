@@ -2,12 +2,12 @@
 
 Usage: python bench/linear.py [--shapes 4096x4096 …] [--tokens 1 4 …] [--seconds 2] [--kernels]
 
-All ways run in turn within one process, so that none finds its weight in the cache and all meet the same machine; a row
-gives medians. The baseline is the faster of oneDNN and PyTorch's own product. At one token, layers are also timed as
-`fewbits generate` runs them: as steps of a program, without a call of a module, which takes up to a tenth of a
-millisecond in caches that other ways have filled. What memory can deliver is then read in turn as well, as it changes
-with what else the machine does. --kernels times every kernel that can run, which is how the limits
-in src/fewbits/kernels were found. Rows are appended to results/linear.jsonl.
+All ways run in turn within one process, each through as many copies of its weight as no cache holds, as a model has
+many layers; a row gives medians, for one product. The baseline is the faster of oneDNN and PyTorch's own product. At one
+token, layers are also timed as `fewbits generate` runs them: as steps of one program, without calls of modules. What
+memory can deliver is then read in turn as well, as it changes with what else the machine does. --kernels times every
+kernel that can run, which is how the limits in src/fewbits/kernels were found. Rows are appended to
+results/linear.jsonl.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ def largest(words: np.ndarray) -> int:
     return top
 
 
+BEYOND_CACHES = 64 * 2**20
 WORDS = np.ones((256, 2**17), np.int64)
 
 
@@ -71,29 +74,55 @@ def without_onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)
 
 
-def in_a_program(layer: QuantLinear, x: torch.Tensor) -> Callable[[], object]:
-    """The steps, made once, of a copy of the layer: the layer's own weight may still lie in a cache."""
-    layer = copy.deepcopy(layer)
-    layer(x)
-    run, out = runs_of(layer.codes)[1, x.dtype], torch.empty((1, layer.out_features), dtype=x.dtype)
-    steps = run.steps(x, out)
-    program, threads = Program(steps.blocks), torch.get_num_threads()
-    return lambda: (program.run(threads), layer, steps, out)
+class Way(NamedTuple):
+    """What is timed: so many products at once, with the bytes of weights that each reads."""
+
+    call: Callable[[], object]
+    size: int
+    products: int = 1
 
 
-def ways(rows: int, columns: int, tokens: int, every_kernel: bool) -> dict[str, tuple[Callable[[], object], int]]:
-    """What is timed, with the bytes of weights that it reads."""
+def copies(size: int) -> range:
+    """As many weights of so many bytes as no cache holds."""
+    return range(max(2, -(-BEYOND_CACHES // size)))
+
+
+def one_by_one(runs: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, size: int) -> Way:
+    """Call after call."""
+
+    def call() -> None:
+        for run in runs:
+            run(x)
+
+    return Way(call, size, len(runs))
+
+
+def in_a_program(layers: list[QuantLinear], x: torch.Tensor, size: int) -> Way:
+    """The layers' steps, made once."""
+    blocks, kept = [], []
+    for layer in layers:
+        layer(x)
+        out = torch.empty((1, layer.out_features), dtype=x.dtype)
+        steps = runs_of(layer.codes)[1, x.dtype].steps(x, out)
+        blocks += steps.blocks
+        kept.append((layer, steps, out))
+    program, threads = Program(blocks), torch.get_num_threads()
+    return Way(lambda: (program.run(threads), kept), size, len(layers))
+
+
+def ways(rows: int, columns: int, tokens: int, every_kernel: bool) -> dict[str, Way]:
+    """What is timed, by name."""
     generator = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         linear.weight.normal_(0, 0.02, generator=generator)
-    weight = linear.weight.detach()
     x = torch.randn((tokens, columns), generator=generator).bfloat16()
-    found: dict[str, tuple[Callable[[], object], int]] = {
-        "bf16 oneDNN": (lambda: F.linear(x, weight), 2 * weight.numel()),
-    }
+    size = linear.weight.nbytes
+    weights = [linear.weight.detach().clone() for _ in copies(size)]
+    found = {"bf16 oneDNN": one_by_one([partial(F.linear, weight=weight) for weight in weights], x, size)}
     if tokens <= 4:
-        found["bf16 PyTorch"] = (lambda: without_onednn(x, weight), 2 * weight.numel())
+        own = [partial(without_onednn, weight=weight) for weight in weights]
+        found["bf16 PyTorch"] = one_by_one(own, x, size)
     methods = {
         "W8A8": Int8Symmetric(),
         "int4": Int4Asymmetric(128 if columns % 128 == 0 else 64),
@@ -103,19 +132,20 @@ def ways(rows: int, columns: int, tokens: int, every_kernel: bool) -> dict[str, 
     for name, method in methods.items():
         layer = QuantLinear.from_linear(linear, method)
         size = layer.quantized_weight().size_bytes
+        layers = [copy.deepcopy(layer) for _ in copies(size)]
         if not every_kernel:
-            found[name] = (lambda layer=layer: layer(x), size)
+            found[name] = one_by_one(layers, x, size)
             if tokens == 1:
-                found[f"{name} in a program"] = (in_a_program(layer, x), size)
+                found[f"{name} in a program"] = in_a_program(layers, x, size)
             continue
         for kernel in KERNELS:
             able = kernel.why_not(layer.spec(1 if kernel.name != "panels" else tokens)) is None
             if able and kernel.name not in LEFT_OUT:
-                run = kernel.prepare(layer._stored(), None)
-                found[f"{name}: {kernel.name}"] = (lambda run=run: run(x), size)
+                runs = [kernel.prepare(each._stored(), None) for each in layers]
+                found[f"{name}: {kernel.name}"] = one_by_one(runs, x, size)
     if tokens == 1:
         # Last: whoever follows it, oneDNN's bf16 product, pays for the caches that it empties.
-        found[READING] = (read, WORDS.nbytes)
+        found[READING] = Way(read, WORDS.nbytes)
     return found
 
 
@@ -125,27 +155,27 @@ def measure(shape: str, tokens: int, seconds: float, bandwidth: float, every_ker
     rows, columns = map(int, shape.split("x"))
     found = ways(rows, columns, tokens, every_kernel)
     times: dict[str, list[float]] = {name: [] for name in found}
-    for call, _ in found.values():
-        call()
+    for way in found.values():
+        way.call()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["bf16 oneDNN"]) < 5:
-        for name, (call, _) in found.items():
+        for name, way in found.items():
             start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            way.call()
+            times[name].append((time.perf_counter() - start) / way.products)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     baseline = min(median for name, median in medians.items() if name.startswith("bf16"))
     if READING in found:
         bandwidth = WORDS.nbytes / medians[READING] / 1e9
     results = []
-    for name, (_, size) in found.items():
+    for name, way in found.items():
         quartiles = statistics.quantiles(times[name], n=4)
         results.append(
             {
                 "shape": shape, "tokens": tokens, "way": name, "median_ms": round(1e3 * medians[name], 4),
                 "quartiles_ms": [round(1e3 * quartiles[0], 4), round(1e3 * quartiles[2], 4)],
                 "calls": len(times[name]), "of_bf16_speed": round(baseline / medians[name], 2),
-                "of_read_bandwidth": round(size / medians[name] / 1e9 / bandwidth, 2),
+                "of_read_bandwidth": round(way.size / medians[name] / 1e9 / bandwidth, 2),
                 "gflop_per_s": round(2 * tokens * rows * columns / medians[name] / 1e9),
                 "read_gb_per_s": round(bandwidth, 1), "threads": torch.get_num_threads(), "torch": torch.__version__,
             }

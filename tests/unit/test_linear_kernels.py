@@ -10,6 +10,7 @@ import torch
 
 from fewbits.errors import KernelError
 from fewbits.kernels import choose as choosing
+from fewbits.kernels import token_tiles_run
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
 from fewbits.kernels.int8_dynamic import Int8Tiles
 from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
@@ -112,6 +113,18 @@ def test_tiles_of_every_shape(bits: int, group: int) -> None:
             bound = (2.0**-8 + 2.0**-16) * (np.abs(wide) @ np.abs(case.decoded).T) + 2.0**-8 * np.abs(expected) + 1e-6
             y = Tiles().prepare(case.weight, case.bias)(x).double().numpy()
             assert (np.abs(y - expected) <= bound).all(), (rows, columns, tokens)
+
+
+@pytest.mark.skipif("bf16_products" not in CPU.features, reason="no bf16 products on this processor")
+@pytest.mark.parametrize("scheme", [Scheme("int", 4, False, 32), Scheme("float", 8, True, 0, "dynamic")], ids=str)
+def test_tokens_in_several_turns_come_out_as_in_one(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 tokens are 4 tiles of 64, of which the last is not full."""
+    case, x = make(scheme, 50, 96), activations(200, 96, torch.bfloat16)
+    run = Tiles().prepare(case.weight, case.bias)
+    at_once = run(x)
+    for turns in (2, 3, 4):
+        monkeypatch.setattr(token_tiles_run, "CACHED_BYTES", -(-4 * 64 * 96 * 2 // turns))
+        assert torch.equal(run(x), at_once)
 
 
 def test_w8a8_of_largest_operands_does_not_saturate() -> None:

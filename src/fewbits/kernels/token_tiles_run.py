@@ -17,10 +17,20 @@ from fewbits.kernels.team import Work
 from fewbits.kernels.tile_sums import BLOCK_ROWS, tile_vectors
 from fewbits.kernels.tokens_run import STORED, fp8_step
 
+# Activations that stay in a cache of the third level beside what else it holds.
+CACHED_BYTES = 2**23
+
 
 def token_scales(tokens: int) -> torch.Tensor:
     """Room for a scale a token, of which vectors are read."""
     return torch.empty((-(-tokens // LANES) * LANES, 1))
+
+
+def tiles_at_once(arranged: torch.Tensor) -> int:
+    """Tiles of tokens [tiles, inputs, tokens] that are multiplied with all rows before the next: as many as a cache
+    holds, which every block of rows reads anew."""
+    turns = -(-arranged.nbytes // CACHED_BYTES)
+    return -(-len(arranged) // turns)
 
 
 class TokenTiles(CompiledLinear):
@@ -70,10 +80,12 @@ class TokenTiles(CompiledLinear):
             words.X_AT: values.data_ptr(), words.TOKENS: tokens, words.LANES_OF_TILE: lanes,
             words.OUT_AT: arranged.data_ptr(),
         }))  # fmt: skip
-        blocks.append(self._works[vectors].step(self._out, {
-            rows.X_AT: arranged.data_ptr(), rows.TOKENS: tokens,
-            rows.X_SCALES_AT: 0 if scales is None else scales.data_ptr(),
-            rows.OUT_AT: out.data_ptr(), rows.OUT_KIND: STORED[out.dtype],
-        }))  # fmt: skip
+        count = lanes * tiles_at_once(arranged)
+        for first in range(0, tokens, count):
+            blocks.append(self._works[vectors].step(self._out, {
+                rows.X_AT: arranged[first // lanes].data_ptr(), rows.TOKENS: min(count, tokens - first),
+                rows.X_SCALES_AT: 0 if scales is None else scales[first].data_ptr(),
+                rows.OUT_AT: out[first].data_ptr(), rows.OUT_KIND: STORED[out.dtype],
+            }))  # fmt: skip
         x_at = rounding.X_AT if self._rounds_tokens else words.X_AT
         return Steps(tuple(blocks), (values, scales, arranged), x_at, rows.OUT_AT)
