@@ -3,10 +3,10 @@
 Usage: python bench/linear.py [--shapes 4096x4096 …] [--tokens 1 4 …] [--seconds 2] [--kernels]
 
 All ways run in turn within one process, each through as many copies of its weight as no cache holds, as a model has
-many layers; a row gives medians, for one product. The baseline is the faster of oneDNN and PyTorch's own product. At one
-token, layers are also timed as `fewbits generate` runs them: as steps of one program, without calls of modules. What
-memory can deliver is then read in turn as well, as it changes with what else the machine does. --kernels times every
-kernel that can run, which is how the limits in src/fewbits/kernels were found. Rows are appended to
+many layers; a row gives medians, for one product. The baseline is the faster of oneDNN and PyTorch's own product. At
+one token, layers are also timed as `fewbits generate` runs them: as steps of one program, without calls of modules.
+What memory can deliver is then read in turn as well, as it changes with what else the machine does. --kernels times
+every kernel that can run, which is how the limits in src/fewbits/kernels were found. Rows are appended to
 results/linear.jsonl.
 """
 
@@ -49,7 +49,7 @@ def largest(words: np.ndarray) -> int:
     return top
 
 
-BEYOND_CACHES = 64 * 2**20
+BEYOND_CACHES = 128 * 2**20
 WORDS = np.ones((256, 2**17), np.int64)
 
 

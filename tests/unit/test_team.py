@@ -12,7 +12,19 @@ import pytest
 from numba import carray
 
 from fewbits.kernels.memory import pointer_to
-from fewbits.kernels.team import DONE, HEADER, OWN, TAKEN, WORDS, Program, Work, compiled_work
+from fewbits.kernels.team import (
+    DONE,
+    HEADER,
+    MEMBERS,
+    OWN,
+    TAKEN,
+    THREADS,
+    WORDS,
+    Program,
+    Work,
+    _compiled_team,
+    compiled_work,
+)
 
 FROM_AT, TO_AT = OWN, OWN + 1
 ROWS = 37
@@ -63,25 +75,33 @@ def test_rows_are_handed_out_once_and_steps_without_rows_are_passed() -> None:
     program.run(3)
     blocks = program._words[HEADER:].reshape(3, WORDS)
     assert blocks[:, DONE].tolist() == [0, ROWS, 0]
-    assert (blocks[:, TAKEN] >= blocks[:, DONE]).all()
+    assert (blocks[:, TAKEN:DONE].sum(1) >= blocks[:, DONE]).all()
     assert np.array_equal(buffers[1], _expected(np.arange(ROWS), 1))
 
 
-def _sizes(address: Any, start: Any, stop: Any) -> None:
-    """to[first row] = how many rows the piece has."""
+def _members(address: Any, start: Any, stop: Any) -> None:
+    """to[row] = how many pieces of this step were begun before this one."""
     block = carray(pointer_to(address), (WORDS,), np.int64)
-    carray(pointer_to(block[TO_AT]), (ROWS,), np.int64)[start] = stop - start
+    order, begun = (
+        carray(pointer_to(block[TO_AT]), (ROWS,), np.int64),
+        carray(pointer_to(block[FROM_AT]), (1,), np.int64),
+    )
+    order[start:stop] = begun[0]
+    begun[0] += 1
 
 
-@pytest.mark.parametrize(
-    ("threads", "multiple", "least", "sizes"),
-    [(1, 1, 1, [5] * 7 + [2]), (2, 4, 10, [20, 17]), (2, 1, 100, [19, 18]), (2, 1, 9, [10, 10, 10, 7])],
-)
-def test_pieces_are_no_smaller_than_is_worth_it(threads: int, multiple: int, least: int, sizes: list[int]) -> None:
-    found = np.zeros(ROWS, np.int64)
-    work = Work(compiled_work(_sizes), {TO_AT: found.ctypes.data}, multiple, least)
-    Program([work.step(ROWS, {})]).run(threads)
-    assert found[found > 0].tolist() == sizes
+@pytest.mark.parametrize("multiple", [1, 3])
+def test_a_thread_alone_goes_through_its_part_before_those_of_others(multiple: int) -> None:
+    order, begun = np.full(ROWS, -1), np.zeros(1, np.int64)
+    fields = {TO_AT: order.ctypes.data, FROM_AT: begun.ctypes.data}
+    program = Program([Work(compiled_work(_members), fields, multiple).step(ROWS, {})])
+    program._words[THREADS], program._words[MEMBERS] = 2, 1
+    _compiled_team().ctypes(program._address)
+    # The second of two, whom the first never joins: its own half comes first.
+    assert order[-1] < order[0] and order[0] > 0
+    half = int(np.flatnonzero(order == 0)[0])
+    assert (np.diff(order[half:]) >= 0).all() and (np.diff(order[:half]) >= 0).all()
+    assert ROWS // 2 <= half <= ROWS // 2 + 3
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads can't be bound to a processor here")

@@ -1,4 +1,4 @@
-"""Rows of weights on their way from memory: how far ahead kernels for few tokens ask for them, and in which pieces.
+"""Rows of weights on their way from memory: how far ahead kernels for few tokens ask for them.
 
 Processors look ahead in a stream of memory, but not beyond a page, and only once they have seen it begin. So kernels
 ask for what is some thousand bytes ahead, and for as much at once where a piece of the rows begins.
@@ -15,19 +15,12 @@ from fewbits.kernels.lanes import fetch
 LINE = 64
 # Some rows of a small layer are multiplied before memory answers; measured on 576 inputs.
 AHEAD_BYTES = 2**13
-# Two threads in neighbouring pieces of a sixth of this took as long as one of them alone.
-PIECE_BYTES = 2**17
 
 
 def bytes_ahead(row_bytes: int, rows: int) -> int:
     """A multiple of so many rows, no less than AHEAD_BYTES."""
     together = rows * row_bytes
     return together * -(-AHEAD_BYTES // together)
-
-
-def rows_of_piece(row_bytes: int) -> int:
-    """Rows worth a piece of their own."""
-    return max(1, PIECE_BYTES // row_bytes)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]

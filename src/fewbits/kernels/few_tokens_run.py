@@ -8,7 +8,7 @@ from fewbits.kernels import dot_rows as rows
 from fewbits.kernels import tokens as arranged
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decoders import BF16, BLOCK, FP8, INT8, RAISED, block_bytes, order_of
-from fewbits.kernels.fetching import bytes_ahead, rows_of_piece
+from fewbits.kernels.fetching import bytes_ahead
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Work
 from fewbits.kernels.tokens_run import STORED
@@ -64,7 +64,6 @@ class DotRows(CompiledLinear):
                 rows.AHEAD: bytes_ahead(row_bytes, 4),
             },
             multiple=4,
-            least=rows_of_piece(row_bytes),
         )
         self._arrange = Work(
             arranged.token_work("arranged"),

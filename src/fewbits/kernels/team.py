@@ -3,7 +3,8 @@
 A program is a row of blocks of integers, one a step: a compiled function, how many rows it has, and the addresses and
 sizes that it works with. Every thread of the team goes through all steps; at each it takes pieces of the rows until
 none is left, and goes on when all rows are done. So it does not matter how many threads come, or when: one that the
-system holds back is waited for only while it has a piece in hand.
+system holds back is waited for only while it has a piece in hand. Rows are in as many parts as there are threads; each
+begins with one of them, and its pieces follow each other in memory, which processors look ahead in.
 
 A second pool of threads beside torch's would find its processors taken: OpenMP's threads spin for milliseconds after
 each of torch's own operations. So a program is handed to the OpenMP library that torch carries; where it carries none,
@@ -30,13 +31,14 @@ from fewbits.kernels.compiling import Array
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.threads import on_threads
 
-# A step's block. Its counters, how many rows were handed out and how many are done, have a cache line of their own.
-TAKEN, DONE = 0, 1
-FUNCTION, ROWS, MULTIPLE, LEAST, OWN = 8, 9, 10, 11, 12
+# A step's block. Its counters have a cache line of their own: how many rows of each part were handed out, and how many
+# rows are done in all.
+TAKEN, PARTS, DONE = 0, 7, 7
+FUNCTION, ROWS, MULTIPLE, OWN = 8, 9, 10, 11
 # Words of a block: the function's own fields begin at OWN.
-WORDS = 40
-# What a program begins with.
-STEPS, THREADS, YIELD_AT, HEADER = 0, 1, 2, 8
+WORDS = 32
+# What a program begins with; MEMBERS is how many threads have come.
+STEPS, THREADS, YIELD_AT, MEMBERS, HEADER = 0, 1, 2, 3, 8
 # Pieces per thread: enough to even out what other processes take.
 PIECES = 8
 # OpenMP's threads wake in the time of this many products.
@@ -104,21 +106,29 @@ def _call_yield(typing_context: Any, function: Any) -> Any:
 def _team(pointer: Any) -> None:
     """All steps of a program; any number of threads may do this at once."""
     header = carray(pointer, (HEADER,), np.int64)
-    at = np.int64(header.ctypes.data) + 8 * HEADER
+    first = np.int64(header.ctypes.data)
+    parts = min(header[THREADS], PARTS)
+    member = _fetch_add(first + 8 * MEMBERS, 1)
+    at = first + 8 * HEADER
     for _ in range(header[STEPS]):
         block = carray(pointer_to(at), (WORDS,), np.int64)
         rows, multiple = block[ROWS], block[MULTIPLE]
-        pieces = min(PIECES, max(1, rows // (header[THREADS] * block[LEAST])))
-        share = header[THREADS] * pieces * multiple
+        share = header[THREADS] * PIECES * multiple
         piece = max(1, (rows + share - 1) // share) * multiple
+        pieces = (rows + piece - 1) // piece
+        part_rows = (pieces + parts - 1) // parts * piece
         done = 0
-        while True:
-            start = _fetch_add(at + 8 * TAKEN, piece)
-            if start >= rows:
-                break
-            stop = min(start + piece, rows)
-            _call_work(block[FUNCTION], at, start, stop)
-            done += stop - start
+        for turn in range(parts):
+            part = (member + turn) % parts
+            begin = part * part_rows
+            end = min(begin + part_rows, rows)
+            while begin + _look(at + 8 * (TAKEN + part)) < end:
+                start = begin + _fetch_add(at + 8 * (TAKEN + part), piece)
+                if start >= end:
+                    break
+                stop = min(start + piece, end)
+                _call_work(block[FUNCTION], at, start, stop)
+                done += stop - start
         if done:
             _fetch_add(at + 8 * DONE, done)
         looks = 0
@@ -162,13 +172,13 @@ class Work:
     """A compiled function, and those of its fields that stay from call to call.
 
     Args:
-        multiple: pieces are multiples of so many rows. least: and no smaller than this, if threads can have one each.
+        multiple: pieces are multiples of so many rows.
     """
 
-    def __init__(self, compiled: Any, fixed: Mapping[int, int], multiple: int = 1, least: int = 1) -> None:
+    def __init__(self, compiled: Any, fixed: Mapping[int, int], multiple: int = 1) -> None:
         self._kept = compiled
         self._block = np.zeros(WORDS, np.int64)
-        self._block[FUNCTION], self._block[MULTIPLE], self._block[LEAST] = compiled.address, multiple, least
+        self._block[FUNCTION], self._block[MULTIPLE] = compiled.address, multiple
         for field, value in fixed.items():
             self._block[field] = value
 
@@ -202,7 +212,7 @@ class Program:
     def run(self, threads: int) -> None:
         """Go through all steps once; returns when everything is done."""
         self._counters[:] = 0
-        self._words[THREADS] = threads
+        self._words[THREADS], self._words[MEMBERS] = threads, 0
         team, parallel = _compiled_team(), _openmp()
         if threads == 1:
             team.ctypes(self._address)
