@@ -10,9 +10,9 @@ import torch
 
 from fewbits.errors import KernelError
 from fewbits.kernels import choose as choosing
-from fewbits.kernels import token_tiles_run
+from fewbits.kernels import int8_run, token_tiles_run
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
-from fewbits.kernels.int8_dynamic import Int8Tiles
+from fewbits.kernels.int8_dynamic import Int8Tiles, OneDnnInt8
 from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
 from fewbits.kernels.tiles import Tiles
 from fewbits.schemes import Scheme
@@ -83,6 +83,14 @@ def test_w8a8_equals_integer_arithmetic(rows: int, columns: int, dtype: torch.dt
         expected = int8_product(case, x)
         for kernel in able(W8A8, columns, rows, tokens, dtype):
             assert torch.equal(kernel.prepare(case.weight, case.bias)(x), expected), (kernel.name, tokens)
+
+
+@pytest.mark.skipif("exact_u8s8" not in CPU.features, reason="oneDNN saturates on this processor")
+@pytest.mark.parametrize("at_once", [1, 40, 9 * 33])
+def test_w8a8_by_onednn_some_tokens_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_run, "SUMS", at_once)
+    case, x = make(W8A8, 9, 300), activations(33, 300, torch.bfloat16)
+    assert torch.equal(OneDnnInt8().prepare(case.weight, case.bias)(x), int8_product(case, x))
 
 
 @pytest.mark.skipif("byte_products" not in CPU.features, reason="no products of bytes on this processor")

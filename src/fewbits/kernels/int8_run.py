@@ -18,6 +18,9 @@ from fewbits.kernels.tile_sums import BLOCK_ROWS, tile_vectors
 from fewbits.kernels.token_tiles_run import token_scales
 from fewbits.kernels.tokens_run import STORED, int8_step, int8_tokens
 
+# Of oneDNN, at once: what waits to be scaled stays in a cache, and its memory is used again.
+SUMS = 2**21
+
 
 class FewTokensInt8(CompiledLinear):
     """y = x Ŵᵀ + b by compiled dot products."""
@@ -98,7 +101,7 @@ class ByteTiles(CompiledLinear):
 
 
 class OneDnnInt8Run:
-    """y = x Ŵᵀ + b by oneDNN: sums as fp32, then scales and bias in one compiled pass."""
+    """y = x Ŵᵀ + b by oneDNN: sums of some tokens as fp32, then scales and bias in a compiled pass."""
 
     def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
         self._out, self._in = weight.shape
@@ -123,10 +126,13 @@ class OneDnnInt8Run:
         if tokens == 0:
             return out
         codes, scales = int8_tokens(x)
-        sums = onednn_sums(codes, self._packed, self._ones, self._zeros)
-        step = self._scale.step(tokens, {
-            scale_sums.SUMS_AT: sums.data_ptr(), scale_sums.X_SCALES_AT: scales.data_ptr(),
-            scale_sums.OUT_AT: out.data_ptr(), scale_sums.OUT_KIND: STORED[x.dtype],
-        })  # fmt: skip
-        Program([step]).run(team_size(out.numel()))
+        turns = -(-tokens * self._out // SUMS)
+        count = -(-tokens // turns)
+        for first in range(0, tokens, count):
+            sums = onednn_sums(codes[first : first + count], self._packed, self._ones, self._zeros)
+            step = self._scale.step(len(sums), {
+                scale_sums.SUMS_AT: sums.data_ptr(), scale_sums.X_SCALES_AT: scales[first].data_ptr(),
+                scale_sums.OUT_AT: out[first].data_ptr(), scale_sums.OUT_KIND: STORED[x.dtype],
+            })  # fmt: skip
+            Program([step]).run(team_size(sums.numel()))
         return out
