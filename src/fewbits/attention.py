@@ -6,6 +6,8 @@ backward, and closer to exact gradients of keys and values. Whatever else comes 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -43,6 +45,17 @@ def use_own_attention(model: nn.Module) -> bool:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     return True
+
+
+@contextmanager
+def own_attention(model: nn.Module) -> Iterator[None]:
+    """`use_own_attention` for a while."""
+    chosen = use_own_attention(model)
+    try:
+        yield
+    finally:
+        if chosen:
+            model.set_attn_implementation("sdpa")  # type: ignore[operator]
 
 
 def attend_or_pass_on(
@@ -102,6 +115,9 @@ def _spans(mask: torch.Tensor | None, queries: int, keys: int, causal: bool) -> 
         return Spans(np.zeros(queries, np.int64), np.minimum(np.arange(1, queries + 1), keys))
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (queries, keys):
         return None
+    if mask.is_inference():
+        # Whether it has changed can't be seen.
+        return _spans_of(mask)
     version = mask._version
     if mask not in _known_masks or _known_masks[mask][0] != version:
         _known_masks[mask] = version, _spans_of(mask)

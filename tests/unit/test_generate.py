@@ -16,6 +16,7 @@ from fewbits import Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantConfig, Quantiz
 from fewbits.generate import Generator, Sampling, TextStream, prompt_tokens
 from fewbits.kernels import one_token as fields
 from fewbits.kernels import one_token_attention as attention
+from fewbits.kernels.lanes import HAS_BF16
 from fewbits.kernels.one_token import exponential
 from fewbits.kernels.team import Program, Work
 from fewbits.skeleton import find_blocks
@@ -124,6 +125,21 @@ def test_hooks_see_every_token(tmp_path: Path) -> None:
     model.model.layers[0].register_forward_hook(lambda *call: seen.append(1))
     generation, tokens = Generator(model).stream(PROMPT, 4, stop=())
     assert (len(list(tokens)), len(seen), generation.short_way) == (4, 4, "modules have hooks")
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="no bf16 products on this processor")
+@pytest.mark.parametrize("short_way", [True, False])
+def test_prompts_take_own_attention_and_leave_the_models(short_way: bool, tmp_path: Path) -> None:
+    model = loaded(tmp_path, "llama")
+    chosen, strides = [], []
+    model.model.layers[0].register_forward_hook(lambda *args: chosen.append(model.config._attn_implementation))
+    model.lm_head.register_forward_hook(lambda head, args, output: strides.append(args[0].stride()))
+    _, tokens = Generator(model, short_way=short_way).stream([5, 6, 7], 1)
+    list(tokens)
+    assert chosen == ["fewbits" if short_way else "sdpa"]
+    assert model.config._attn_implementation == "sdpa"
+    # A last token of a whole prompt, but as if there were no others.
+    assert strides[0][0] == strides[0][1] == model.config.hidden_size
 
 
 def test_fp32_takes_the_models_own_forward_exactly(tmp_path: Path) -> None:
