@@ -79,10 +79,9 @@ def load(builder: Any, address: Any, kind: ir.Type) -> Any:
 
 def load_first(builder: Any, address: Any, kind: ir.VectorType, count: Any) -> Any:
     """The first `count` elements of a vector at an address; zeros behind them, and no memory read there."""
-    places = ir.VectorType(I64, kind.count)
-    wanted = builder.insert_element(ir.Constant(places, ir.Undefined), count, ir.Constant(I32, 0))
-    wanted = builder.shuffle_vector(wanted, wanted, splat(ir.VectorType(I32, kind.count), 0))
-    mask = builder.icmp_signed("<", ir.Constant(places, list(range(kind.count))), wanted)
+    bits = builder.sub(builder.shl(ir.Constant(I64, 1), count), ir.Constant(I64, 1))
+    bits = builder.trunc(bits, ir.IntType(kind.count))
+    mask = builder.bitcast(bits, ir.VectorType(ir.IntType(1), kind.count))
     pointer = builder.inttoptr(address, kind.as_pointer())
     element = {"float": "f32", "half": "f16"}.get(str(kind.element), str(kind.element))
     name = f"llvm.masked.load.v{kind.count}{element}.p0"
