@@ -252,7 +252,7 @@ def load_tokenizer(model_dir: str | Path) -> Any:
         hint = "pip install 'fewbits[transformers]', or give token ids"
         raise MissingDependencyError(f"Tokenizing text needs transformers ({error}).", hint) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     except (ValueError, OSError, ImportError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fewbits.checkpoints.folder import require_folder
 from fewbits.checkpoints.reader import Checkpoint, TensorReader, open_checkpoint
 from fewbits.errors import CheckpointError, MissingDependencyError
 from fewbits.formats import FORMATS, Format, format_of_config
@@ -51,9 +52,10 @@ def decoded_model(folder: str | Path, *, device: str = "cpu") -> Any:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The checkpoint's tokenizer."""
+    """The checkpoint's tokenizer; never one of the hub."""
+    require_folder(Path(folder))
     try:
-        return _transformers().AutoTokenizer.from_pretrained(folder)
+        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no usable tokenizer: {error}", "copy the tokenizer files of the original model there"

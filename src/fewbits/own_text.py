@@ -37,7 +37,8 @@ def own_text(
         raise MissingDependencyError(f"Running a model needs transformers ({error}).", EXTRA_HINT) from error
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype).to(device).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(str(model_dir), dtype=dtype, local_files_only=True).to(device).eval()
     except (ValueError, KeyError, OSError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(

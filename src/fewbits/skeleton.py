@@ -305,7 +305,7 @@ def build_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
     except ImportError as error:
         raise MissingDependencyError(f"Running a model needs transformers ({error}).", EXTRA_HINT) from error
     try:
-        config = AutoConfig.from_pretrained(str(folder))
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         with _parameters_on_meta():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:

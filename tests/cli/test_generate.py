@@ -99,6 +99,16 @@ def test_a_folder_without_a_tokenizer_is_refused(cli: Cli, folder: Path, tmp_pat
     assert outcome.err.startswith("CheckpointError: bare: no usable tokenizer")
 
 
+def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(cli: Cli) -> None:
+    outcome = cli("generate", "nobody/nothing", "w3")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.splitlines() == [
+        "CheckpointError: nobody/nothing does not exist.",
+        "hint: give the folder of a Hugging Face checkpoint; a model of the hub is downloaded first: "
+        "hf download nobody/nothing --local-dir FOLDER",
+    ]
+
+
 def test_kernels_of_a_checkpoint_have_a_row_for_each_kind_of_layer(cli: Cli, folder: Path) -> None:
     outcome = cli("kernels", folder, "--json")
     found = json.loads(outcome.out)
