@@ -19,6 +19,7 @@ import torch
 
 from fewbits.errors import CalibrationError, MissingDependencyError
 from fewbits.notes import Note
+from fewbits.unusable import reason_of, unusable
 
 OWN_TEXT = "self"
 KINDS_HINT = (
@@ -253,10 +254,10 @@ def load_tokenizer(model_dir: str | Path) -> Any:
         raise MissingDependencyError(f"Tokenizing text needs transformers ({error}).", hint) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except unusable() as error:
         raise CalibrationError(
-            f"{model_dir}: its tokenizer cannot be loaded: {first}", "add its tokenizer files, or give token ids"
+            f"{model_dir}: its tokenizer cannot be loaded: {reason_of(error)}",
+            "add its tokenizer files, or give token ids",
         ) from error
     # Long texts are cut into samples here; the tokenizer's warning about their length would only mislead.
     tokenizer.model_max_length = int(1e30)

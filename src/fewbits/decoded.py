@@ -14,6 +14,7 @@ from fewbits.checkpoints.reader import Checkpoint, TensorReader, open_checkpoint
 from fewbits.errors import CheckpointError, MissingDependencyError
 from fewbits.formats import FORMATS, Format, format_of_config
 from fewbits.schemes import Scheme
+from fewbits.unusable import reason_of, unusable
 
 
 def decoded_model(folder: str | Path, *, device: str = "cpu") -> Any:
@@ -34,8 +35,8 @@ def decoded_model(folder: str | Path, *, device: str = "cpu") -> Any:
         config = transformers.AutoConfig.for_model(**config_dict)
         with torch.device("meta"):
             model_class = type(transformers.AutoModelForCausalLM.from_config(config))
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot build this model: {error}") from error
+    except unusable() as error:
+        raise CheckpointError(f"{folder}: transformers cannot build this model: {reason_of(error)}") from error
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     modules = dict(model.named_modules())
     for name, scheme in schemes.items():
@@ -56,9 +57,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     require_folder(Path(folder))
     try:
         return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except unusable() as error:
         raise CheckpointError(
-            f"{folder}: no usable tokenizer: {error}", "copy the tokenizer files of the original model there"
+            f"{folder}: no usable tokenizer: {reason_of(error)}", "copy the tokenizer files of the original model there"
         ) from error
 
 

@@ -16,6 +16,7 @@ from fewbits.errors import CalibrationError, MissingDependencyError
 from fewbits.notes import Note
 from fewbits.progress import Progress
 from fewbits.skeleton import EXTRA_HINT
+from fewbits.unusable import reason_of, unusable
 
 # Samples written together.
 BATCH = 32
@@ -39,10 +40,10 @@ def own_text(
     try:
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(str(model_dir), dtype=dtype, local_files_only=True).to(device).eval()
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except unusable() as error:
         raise CalibrationError(
-            f"{model_dir}: transformers cannot load this model: {first}", "give a text with --calibration FILE"
+            f"{model_dir}: transformers cannot load this model: {reason_of(error)}",
+            "give a text with --calibration FILE",
         ) from error
     progress.begin("writing its own text", samples, "samples")
     try:

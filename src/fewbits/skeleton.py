@@ -19,6 +19,7 @@ from torch import nn
 
 from fewbits.checkpoints.reader import Checkpoint, TensorReader
 from fewbits.errors import CalibrationError, CheckpointError, MissingDependencyError
+from fewbits.unusable import reason_of, unusable
 
 EXTRA_HINT = "pip install 'fewbits[transformers]'"
 
@@ -308,10 +309,9 @@ def build_model(folder: str | Path, dtype: torch.dtype) -> nn.Module:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         with _parameters_on_meta():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except unusable() as error:
         raise CalibrationError(
-            f"{folder}: transformers cannot build this model: {first}",
+            f"{folder}: transformers cannot build this model: {reason_of(error)}",
             "update transformers, or use a method without calibration, such as int4",
         ) from error
     # One matrix product an expert, as the statistics need it; fused experts compute the same.

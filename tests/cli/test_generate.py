@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,20 @@ def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(cli: Cli) 
         "hint: give the folder of a Hugging Face checkpoint; a model of the hub is downloaded first: "
         "hf download nobody/nothing --local-dir FOLDER",
     ]
+
+
+@pytest.mark.parametrize("command", [("generate", "broken", "w3"), ("bench", "broken")])
+def test_a_config_that_contradicts_itself_is_refused_with_its_reason(
+    command: tuple[str, ...], cli: Cli, folder: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"num_attention_heads": 7}))
+    outcome = cli(*command)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("CheckpointError: broken: ")
+    assert "not a multiple of the number of attention heads (7)" in outcome.err
 
 
 def test_kernels_of_a_checkpoint_have_a_row_for_each_kind_of_layer(cli: Cli, folder: Path) -> None:
