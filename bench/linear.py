@@ -49,6 +49,7 @@ def largest(words: np.ndarray) -> int:
     return top
 
 
+# Of a way's weights together, four times the last cache of the machines measured.
 BEYOND_CACHES = 128 * 2**20
 WORDS = np.ones((256, 2**17), np.int64)
 
