@@ -18,15 +18,13 @@ from typing import Any, cast
 
 import torch
 
-from fewbits.allocator import kept_memory, return_free_memory
+from fewbits.allocator import return_free_memory
 from fewbits.block_inputs import BlockInputs
+from fewbits.drawn_head import DrawnHead
 from fewbits.errors import CalibrationError
-from fewbits.kernels.compiling import as_numpy
-from fewbits.kernels.drawn_labels import draw_labels
-from fewbits.kernels.lanes import HAS_BF16
 from fewbits.layers import LinearLayer
 from fewbits.output_grams import OutputGram
-from fewbits.pass_memory import LOGITS, MEMORY_LIMIT
+from fewbits.pass_memory import MEMORY_LIMIT
 from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
 from fewbits.watching import Slot, watch
@@ -95,15 +93,11 @@ class _Run:
         self._skeleton, self._watcher, self._coupled = skeleton, watcher, frozenset(coupled)
         self._forward = SuspendedForward(skeleton, ids, micro_batch, after_last_block=self._begin_tail)
         self._layers = {layer.tensor: layer for layer in layers}
-        # One number a token, drawn beforehand, so that labels do not depend on how tokens are grouped.
-        self._draws = torch.rand(ids.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self._head = DrawnHead(skeleton, seed)
         self._tails: dict[int, torch.Tensor] = {}
         self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._gradients: list[torch.Tensor] = []
         self._weights = {layer.name: torch.zeros(ids.numel()) for layer in layers}
-        self._loss = 0.0
-        self._logits_rows = max(1, LOGITS // skeleton.vocabulary)
-        self._pulls = torch.empty(0, 0)
         self._tokens = ids.numel()
 
     def run(self, inputs: BlockInputs, keep_grams: GramKeeper) -> Importance:
@@ -115,7 +109,7 @@ class _Run:
         measured = {name: weights for name, weights in self._weights.items() if bool((weights > 0).any())}
         elapsed_s = {"forward": forwarded - began - self._head_s, "head": self._head_s}
         elapsed_s["backward"] = time.perf_counter() - forwarded
-        return Importance(measured, self._loss / self._tokens, elapsed_s)
+        return Importance(measured, self._head.loss / self._tokens, elapsed_s)
 
     def _run_forward(self, inputs: BlockInputs) -> None:
         self._skeleton.materialize_rest()
@@ -139,7 +133,6 @@ class _Run:
                 before = time.perf_counter()
                 self._gradients.append(self._through_head(micro_batch))
                 self._head_s += time.perf_counter() - before
-        self._pulls = torch.empty(0, 0)
         self._skeleton.release_rest()
         self._watcher("forward", last + 1, last + 1)
 
@@ -160,47 +153,10 @@ class _Run:
         assert micro_batch.result is not None
         result, micro_batch.result = micro_batch.result, None
         rows = result.detach().flatten(0, -2)
-        gradient = torch.empty_like(rows)
-        if not len(self._pulls) and rows.dtype == torch.bfloat16:
-            # Kept from call to call: fresh memory of this size costs more than what is done with it.
-            self._pulls = torch.empty(self._logits_rows, self._skeleton.vocabulary, dtype=rows.dtype)
-        # What outlives the loop is made outside: within, large blocks come from the heap, and leave it with holes.
-        with kept_memory():
-            self._fill_gradient(micro_batch, rows, gradient)
+        gradient = self._head.gradient(rows, micro_batch.first_token, micro_batch.result_type)
         tail = self._tails.pop(micro_batch.index)
         (behind,) = torch.autograd.grad(result, tail, gradient.view_as(result))
         return behind
-
-    def _fill_gradient(self, micro_batch: MicroBatch, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Write the loss's gradient in front of the head, some rows of logits at a time."""
-        chunk = self._logits_rows
-        for start in range(0, len(rows), chunk):
-            with torch.enable_grad():
-                hidden = rows[start : start + chunk].detach().requires_grad_()
-                logits = self._skeleton.head(hidden[None], micro_batch.result_type)[0]
-            first = micro_batch.first_token + start
-            pull = self._drawn_gradient(logits.detach(), self._draws[first : first + len(hidden)].to(logits.device))
-            (gradient[start : start + chunk],) = torch.autograd.grad(logits, hidden, pull)
-
-    def _drawn_gradient(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Draw a label a row; the gradient of its negative log-probability is softmax − one-hot."""
-        if HAS_BF16 and logits.dtype == torch.bfloat16 and logits.device.type == "cpu":
-            return self._drawn_by_kernel(logits, draws)
-        probabilities = logits.float().softmax(-1)
-        cumulated = probabilities.cumsum(-1)
-        target = (draws * cumulated[:, -1].double()).float()[:, None]
-        labels = torch.searchsorted(cumulated, target).clamp_max_(logits.shape[-1] - 1)
-        drawn = probabilities.gather(-1, labels)
-        self._loss -= float(drawn.clamp_min(1e-30).log().double().sum())
-        probabilities.scatter_(-1, labels, drawn - 1)
-        return probabilities.to(logits.dtype)
-
-    def _drawn_by_kernel(self, logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        gradients = self._pulls[: len(logits)]
-        if gradients.shape != logits.shape:
-            gradients = torch.empty_like(logits)
-        self._loss += draw_labels(as_numpy(logits), draws.numpy(), as_numpy(gradients))
-        return gradients
 
     def _run_backward(self, inputs: BlockInputs, keep_grams: GramKeeper) -> None:
         count = len(self._skeleton.blocks)

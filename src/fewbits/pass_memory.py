@@ -19,8 +19,8 @@ from fewbits.methods import QuantMethod
 PROCESS_BYTES = 680 * 2**20
 # What large products need on the way, and what the allocator holds.
 OVERHEAD = 1.4
-# Importance computes so many logits at a time: enough rows for products at full speed, in 32 MB of bf16.
-LOGITS = 1 << 24
+# Importance computes so many logits at a time, in 16 MB of bf16; as fp32 and fp64 where there is no kernel for those.
+LOGITS = 1 << 23
 # Hidden states that it keeps in memory before a file takes them, which costs no time that could be measured.
 MEMORY_LIMIT = 1 << 28
 BF16, FP32 = 2, 4
@@ -70,7 +70,7 @@ def pass_bytes(
     weighing = 0
     if size.importance:
         kept = len(blocks) * stream if len(blocks) * stream <= MEMORY_LIMIT else 0
-        weighing = block * BF16 + kept + max(outside) * BF16 + 3 * LOGITS * FP32 + _output_gram_bytes(solved)
+        weighing = block * BF16 + kept + max(outside) * BF16 + 5 * LOGITS * FP32 + _output_gram_bytes(solved)
     return PROCESS_BYTES + max(starting, weighing, int(OVERHEAD * max(probing, solving)))
 
 

@@ -8,7 +8,7 @@ conversion rules are applied to a block's tensors at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,21 +134,34 @@ class Skeleton:
         """How many logits a token has."""
         return int(cast(Any, self.model).config.get_text_config().vocab_size)
 
-    def head(self, hidden: torch.Tensor, output_type: type) -> torch.Tensor:
+    def head(
+        self, hidden: torch.Tensor, output_type: type, product: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Logits of last hidden states [batch, length, width], by the model's own way of making them.
 
         Args:
             output_type: what the decoder returns them in.
+            product: takes the place of the product of `head_linear`, to make some of the logits alone.
         """
         # The model runs with a decoder that has its answer ready; so what it does to logits (soft caps) is done.
-        decoder = self.decoder
+        decoder, linear = self.decoder, self.head_linear
         decoder.forward = lambda *args, **kwargs: output_type(last_hidden_state=hidden)
         try:
+            if product is not None and linear is not None:
+                cast(Any, linear).forward = product
             ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=self.device)
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
             return logits
         finally:
             del decoder.forward
+            if linear is not None:
+                vars(linear).pop("forward", None)
+
+    @property
+    def head_linear(self) -> nn.Linear | None:
+        """The linear that makes logits, if it is one."""
+        linear = cast(Any, self.model).get_output_embeddings()
+        return linear if isinstance(linear, nn.Linear) else None
 
     def release_rest(self) -> None:
         """Drop everything outside the blocks."""

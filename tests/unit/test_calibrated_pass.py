@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fewbits.calibrate import BlockDone, run_blocks
 from fewbits.checkpoints.reader import TensorReader, open_checkpoint
 from fewbits.coupled_runs import coupled_runs
+from fewbits.drawn import LABELS, uniforms
 from fewbits.importance import measure_importance
 from fewbits.layers import LinearLayer, find_layers
 from fewbits.output_grams import split
@@ -264,7 +265,7 @@ def test_drift_is_measured_from_the_inputs_of_the_unquantized_model(
 
 def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: int) -> dict[str, torch.Tensor]:
     """At each linear's outputs [tokens, out], by one backward of the whole model, labels drawn by the same numbers."""
-    draws = torch.rand(IDS.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draws = uniforms(seed, 0, IDS.numel(), 0)
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -279,8 +280,9 @@ def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: in
     whole.get_input_embeddings().weight.requires_grad_()
     logits = whole(input_ids=IDS, use_cache=False).logits.flatten(0, 1)
     cumulated = logits.detach().double().softmax(-1).cumsum(-1)
-    labels = (cumulated < draws[:, None]).sum(-1)
-    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    labels = torch.searchsorted(cumulated, draws)
+    drawn = logits.gather(-1, labels)
+    ((drawn[:, 1:].mean(-1) - drawn[:, 0]).sum() * (1 - 1 / LABELS) ** 0.5).backward()
     found = {}
     for name, output in outputs.items():
         assert output.grad is not None

@@ -1,6 +1,8 @@
-"""Labels drawn from a model's predictions, and the gradient of their loss: softmax(logits) − one-hot, row by row.
+"""Labels drawn from a model's predictions while its logits come in tiles: bf16 as uint16, one row's e^x in the cache.
 
-bf16 logits come and gradients go as uint16; in between one row's e^x lie in the cache, in fp32.
+Each label stays in place with the probability of what came before, or is drawn anew from the tile; so at the end each
+is a draw from the whole row's softmax, of which no more than a tile is ever there. Source: Chao 1982, sampling with
+weights from a stream.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fewbits.kernels.logits_lanes import bf16_exponentials, bf16_multiples, largest_bf16
-from fewbits.kernels.memory import as_bf16
+from fewbits.kernels.logits_lanes import bf16_exponentials, largest_bf16
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.threads import over_rows
 
@@ -40,50 +41,50 @@ def _drawn(values: Any, sums: Any, target: Any) -> Any:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _draw(logits: Any, draws: Any, gradients: Any, losses: Any, start: Any, stop: Any) -> None:
-    vocabulary = logits.shape[1]
-    panels = (vocabulary + PANEL - 1) // PANEL
+def _draw(
+    logits: Any, uniforms: Any, first: Any, largest: Any, totals: Any, labels: Any, numbers: Any, start: Any, stop: Any
+) -> None:
+    columns = logits.shape[1]
+    panels = (columns + PANEL - 1) // PANEL
     row = np.full(panels * PANEL, 0xFF80, np.uint16)  # −∞ behind the last logit
     values, sums = np.empty(panels * PANEL, np.float32), np.empty(panels, np.float32)
-    pulled = np.empty(panels * PANEL, np.uint16)
     for t in range(start, stop):
         magnitude = np.uint16(0)
-        for i in range(vocabulary):
+        for i in range(columns):
             row[i] = logits[t, i]
             magnitude = max(magnitude, np.uint16(logits[t, i] & np.uint16(0x7FFF)))
-        largest = largest_bf16(row.ctypes.data, panels)
-        if magnitude > np.uint16(0x7F80) or not np.isfinite(largest):
+        highest = max(largest_bf16(row.ctypes.data, panels), largest[t])
+        if magnitude > np.uint16(0x7F80) or highest == np.inf:
             # No distribution; e^x would hide it.
-            gradients[t] = np.uint16(0x7FC0)
-            losses[t] = np.nan
+            totals[t] = np.nan
             continue
-        bf16_exponentials(row.ctypes.data, panels, largest, values.ctypes.data, sums.ctypes.data)
-        total = np.float64(0.0)
+        if highest == -np.inf:
+            continue
+        bf16_exponentials(row.ctypes.data, panels, highest, values.ctypes.data, sums.ctypes.data)
+        added = np.float64(0.0)
         for panel in range(panels):
-            total += np.float64(sums[panel])
-        label = _drawn(values[:vocabulary], sums, draws[t] * total)
-        share = values[label] / total
-        losses[t] = -math.log(share)
-        bf16_multiples(values.ctypes.data, panels, np.float32(1.0 / total), pulled.ctypes.data)
-        for i in range(vocabulary):
-            gradients[t, i] = pulled[i]
-        gradients[t, label] = as_bf16(np.float32(share - 1.0))
+            added += np.float64(sums[panel])
+        totals[t] = totals[t] * math.exp(np.float64(largest[t]) - np.float64(highest)) + added
+        largest[t] = highest
+        for k in range(labels.shape[1]):
+            target = uniforms[t, k] * totals[t]
+            if target < added and added >= LEAST:
+                place = _drawn(values[:columns], sums, target)
+                labels[t, k] = first + place
+                numbers[t, k] = highest + math.log(values[place])
 
 
-def draw_labels(logits: Any, draws: Any, gradients: Any) -> float:
-    """Draw a label for every row.
+def draw_labels(logits: Any, uniforms: Any, first: int, largest: Any, totals: Any, labels: Any, numbers: Any) -> None:
+    """Let one tile of logits take part in the draw of every row's labels.
 
     Args:
-        logits: bf16 as uint16 [rows, vocabulary].
-        draws: fp64 [rows], in [0, 1): where in the distribution function of its row each label lies.
-        gradients: like logits, written: the gradient of each label's negative log-probability by the logits.
-
-    Returns:
-        The sum of the negative log-probabilities; NaN if a logit is no number.
+        logits: bf16 as uint16 [rows, columns], the columns from `first` on.
+        uniforms: fp64 [rows, labels], in [0, 1), for this tile alone.
+        largest, totals: fp32 and fp64 [rows]: the largest logit so far and the sum of e^(logit − largest), −∞ and 0 in
+            the beginning; written. A total is NaN once a logit is no number.
+        labels, numbers: int64 and fp32 [rows, labels]: columns drawn so far, and their logits; written.
     """
-    losses = np.empty(len(logits), np.float64)
     over_rows(
         len(logits), logits.shape[1],
-        lambda start, stop: _draw(logits, draws, gradients, losses, start, stop),
+        lambda start, stop: _draw(logits, uniforms, first, largest, totals, labels, numbers, start, stop),
     )  # fmt: skip
-    return math.fsum(losses.tolist())

@@ -1,4 +1,4 @@
-"""Softmax of a row of bf16 logits in three steps, 32 logits at a time."""
+"""Softmax of a row of bf16 logits, 32 logits at a time: the largest, then e^x."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from numba.extending import intrinsic
 
 from fewbits.kernels.lanes import F32, I64, call, repeat, spread
 from fewbits.kernels.panel_lanes import (
-    bf16_at,
     bf16_panel,
     exponential_of,
-    fp32_panel,
     largest_of,
-    store_bf16,
     store_fp32,
 )
 
@@ -45,22 +42,3 @@ def bf16_exponentials(typing_context: Any, numbers: Any, panels: Any, largest: A
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64, types.float32, types.int64, types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def bf16_multiples(typing_context: Any, values: Any, panels: Any, factor: Any, out: Any) -> Any:
-    """out = values · factor, from fp32 to bf16."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, panels, factor, out = arguments
-        factor = spread(builder, factor)
-
-        def body(panel: Any, carried: list[Any]) -> list[Any]:
-            halves = [builder.fmul(value, factor) for value in fp32_panel(builder, values, panel)]
-            store_bf16(builder, bf16_at(builder, out, panel), halves)
-            return []
-
-        repeat(builder, panels, [], body)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, types.float32, types.int64), generate

@@ -1,0 +1,115 @@
+"""The loss's gradient in front of the head, for labels drawn from the model's own predictions.
+
+With labels y₀ … y₁₆ drawn from a token's predictions p, the gradient of √(16/17) (mean of z_y₁ … z_y₁₆ − z_y₀) by the
+logits z has mean 0 and covariance diag(p) − ppᵀ, as that of one label's negative log-probability, p − e_y, has. So it
+estimates the same Fisher information, and differs from zero in 17 logits: nothing of the vocabulary's size is kept, or
+multiplied on the way back, and on the way forward a tile of logits is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from fewbits.allocator import kept_memory
+from fewbits.drawn import LABELS, Drawn, uniforms
+from fewbits.pass_memory import LOGITS
+from fewbits.skeleton import Skeleton
+
+# Logits of a token in a tile. With the tokens of a micro-batch they fill 16 MB, for which products are the fastest.
+TILE = 4096
+# Tokens whose labels' rows of the head are gathered at a time.
+GATHERED = 256
+
+
+class DrawnHead:
+    """The head of a model, with labels drawn for every token by a seed: not by how tokens are grouped."""
+
+    def __init__(self, skeleton: Skeleton, seed: int) -> None:
+        self._skeleton, self._seed = skeleton, seed
+        self._in_tiles: bool | None = None
+        self.loss = 0.0
+        self._shares = torch.full((LABELS,), 1.0 / (LABELS - 1))
+        self._shares[0] = -1.0
+
+    def gradient(self, hidden: torch.Tensor, first_token: int, output_type: type) -> torch.Tensor:
+        """The gradient by last hidden states [tokens, width], those from `first_token` on; `loss` grows by theirs."""
+        if self._in_tiles is None:
+            self._in_tiles = self._can_be_cut(hidden[:1], output_type)
+        gradient = torch.empty_like(hidden)
+        step = max(1, LOGITS // (TILE if self._in_tiles else self._skeleton.vocabulary))
+        # What outlives the loop is made outside: within, large blocks come from the heap, and leave it with holes.
+        with kept_memory():
+            for start in range(0, len(hidden), step):
+                rows = hidden[start : start + step]
+                one = self._of_tiles if self._in_tiles else self._of_all
+                gradient[start : start + step] = one(rows, first_token + start, output_type)
+        return gradient.mul_(math.sqrt(1 - 1 / LABELS))
+
+    def _can_be_cut(self, hidden: torch.Tensor, output_type: type) -> bool:
+        """Whether each logit depends on its own row of the head alone, and rows can be taken as one likes."""
+        if self._skeleton.head_linear is None:
+            return False
+        whole = self._skeleton.head(hidden[None], output_type)[0]
+        columns = torch.linspace(0, whole.shape[-1] - 1, LABELS).long()[None].to(hidden.device)
+        try:
+            cut = torch.cat([tile for _, tile in self._tiles(hidden, output_type)], -1)
+            some = self._logits_of(hidden, columns, output_type)
+        except (IndexError, RuntimeError):  # it does something to columns that are not there
+            return False
+        bound = 2**-5 * float(whole.abs()[whole.isfinite()].max()) if bool(whole.isfinite().any()) else 0.0
+        return (
+            whole.shape == cut.shape
+            and torch.allclose(whole.float(), cut.float(), rtol=0, atol=bound)
+            and torch.allclose(whole.float().gather(-1, columns), some.float(), rtol=0, atol=bound)
+        )
+
+    def _tiles(self, hidden: torch.Tensor, output_type: type) -> Iterator[tuple[int, torch.Tensor]]:
+        """Logits [tokens, up to TILE] with the column that they begin at."""
+        linear = self._skeleton.head_linear
+        assert linear is not None
+        weight, bias = linear.weight, linear.bias
+        for first in range(0, len(weight), TILE):
+            rows = slice(first, first + TILE)
+            product = partial(functional.linear, weight=weight[rows], bias=None if bias is None else bias[rows])
+            yield first, self._skeleton.head(hidden[None], output_type, product)[0]
+
+    def _logits_of(self, hidden: torch.Tensor, labels: torch.Tensor, output_type: type) -> torch.Tensor:
+        """Logits of labels [tokens, LABELS]."""
+        linear = self._skeleton.head_linear
+        assert linear is not None
+        weight, bias = linear.weight[labels].float(), 0 if linear.bias is None else linear.bias[labels].float()
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            return ((weight @ x[0].float()[..., None])[..., 0] + bias).to(x.dtype)[None]
+
+        return self._skeleton.head(hidden[None], output_type, product)[0]
+
+    def _of_tiles(self, hidden: torch.Tensor, first_token: int, output_type: type) -> torch.Tensor:
+        drawn = Drawn.of(len(hidden), hidden.device)
+        for first, logits in self._tiles(hidden, output_type):
+            drawn.see(logits, first, uniforms(self._seed, first_token, len(hidden), first))
+        self.loss += drawn.loss
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), GATHERED):
+            rows = hidden[start : start + GATHERED].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits_of(rows, drawn.labels[start : start + GATHERED], output_type)
+            pull = self._shares.to(logits).expand_as(logits)
+            (gradient[start : start + GATHERED],) = torch.autograd.grad(logits, rows, pull)
+        return gradient
+
+    def _of_all(self, hidden: torch.Tensor, first_token: int, output_type: type) -> torch.Tensor:
+        with torch.enable_grad():
+            rows = hidden.detach().requires_grad_()
+            logits = self._skeleton.head(rows[None], output_type)[0]
+        drawn = Drawn.of(len(hidden), hidden.device)
+        drawn.see(logits.detach(), 0, uniforms(self._seed, first_token, len(hidden), 0))
+        self.loss += drawn.loss
+        shares = self._shares.to(logits).expand(len(rows), LABELS)
+        pull = torch.zeros_like(logits).scatter_add_(-1, drawn.labels, shares)
+        return torch.autograd.grad(logits, rows, pull)[0]
