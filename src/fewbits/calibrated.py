@@ -25,6 +25,7 @@ from fewbits.formats import FORMATS
 from fewbits.kept_importance import KeptImportance
 from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
+from fewbits.norms import use_own_norms
 from fewbits.notes import Note
 from fewbits.originals import load_original_states
 from fewbits.plan import Plan
@@ -85,6 +86,7 @@ class CalibratedConversion:
         with TensorReader(self.plan.source) as reader:
             model = build_model(self.plan.source.path, getattr(torch, self.dtype))
             use_own_attention(model)
+            use_own_norms(model)
             skeleton = Skeleton(model, self.plan.source, reader, self.device)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
             kept = self._measured(skeleton, layers) if self.importance else None

@@ -23,6 +23,7 @@ from fewbits.block_inputs import BlockInputs
 from fewbits.drawn_head import DrawnHead
 from fewbits.errors import CalibrationError
 from fewbits.layers import LinearLayer
+from fewbits.norms import row_lengths
 from fewbits.output_grams import OutputGram
 from fewbits.pass_memory import MEMORY_LIMIT
 from fewbits.skeleton import Part, Skeleton
@@ -245,7 +246,7 @@ class _Gradients:
 
     def _add(self, name: str, gradient: torch.Tensor, micro_batch: MicroBatch) -> None:
         outputs = gradient.shape[1]
-        norm = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+        norm = row_lengths(gradient)
         self._weights[name][micro_batch.tokens] += (norm.square() / outputs).cpu()
         if name in self._coupled:
             if name not in self.output_grams:
