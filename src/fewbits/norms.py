@@ -73,12 +73,12 @@ def _norm_of(module: nn.Module) -> Norm | None:
 def row_lengths(rows: torch.Tensor) -> torch.Tensor:
     """Euclidean norms of rows [tokens, width], fp32 [tokens]."""
     if not HAS_BF16 or rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or not rows.is_contiguous():
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        found: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        return found
     from fewbits.kernels.compiling import as_numpy
     from fewbits.kernels.norm_rows import lengths
 
-    measured: torch.Tensor = torch.from_numpy(lengths(as_numpy(rows)))
-    return measured
+    return torch.from_numpy(lengths(as_numpy(rows)))
 
 
 class _Forward:
