@@ -1,4 +1,4 @@
-"""Compiled coordinate descent over a block of columns: what a sweep could not know when it chose, put right.
+"""Compiled coordinate descent: what a sweep could not know when it chose, put right.
 
 With E = W − Ŵ the loss is E H Eᵀ, so changing one decoded weight by δ changes it by δ²Hⱼⱼ − 2δ(EH)ⱼ, and the best step
 on the grid is the nearest to (EH)ⱼ / Hⱼⱼ. No step ever makes the loss larger. Laid out as the sweep is.
@@ -13,78 +13,109 @@ import torch
 from numba import njit, prange
 
 from fewbits.kernels.compiling import use_torch_threads
+from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, add_products, subtract_products
 
-LANES = 64
+# Columns whose gradients are computed together, and then kept up to date.
+BLOCK = 128
 
 
-@njit(parallel=True, fastmath={"contract"}, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _descend(gradient: Any, gram: Any, scales: Any, top_code: Any, codes: Any, misses: Any, gained: Any) -> None:
-    columns, rows = gradient.shape
-    span = columns // len(scales)
-    for run in prange((rows + LANES - 1) // LANES):
-        first = run * LANES
-        count = min(LANES, rows - first)
-        local, code = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32)
-        scale, inverse = np.ones(LANES, np.float32), np.ones(LANES, np.float32)
-        step, gain = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-        for j in range(columns):
-            for lane in range(count):
-                local[j, lane] = gradient[j, first + lane]
-                code[j, lane] = np.float32(codes[j, first + lane])
-        for j in range(columns):
-            curvature = gram[j, j]
+@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+def _descend_block(
+    H: Any, start: Any, stop: Any, scales: Any, top_code: Any, codes: Any, misses: Any, local: Any, steps: Any,
+    gain: Any,
+) -> None:  # fmt: skip
+    """Choose the codes of columns start to stop anew, one after the other. scales: [columns, ROWS] of all columns."""
+    for first in range(start, stop, COLUMNS):
+        last = min(first + COLUMNS, stop)
+        moved = 0
+        for j in range(first, last):
+            curvature = H[j, j]
             flat = np.float32(1.0) / curvature
-            moved = 0
-            if j % span == 0:
-                for lane in range(count):
-                    scale[lane] = scales[j // span, first + lane]
-                    inverse[lane] = np.float32(1.0) / scale[lane]
-            for lane in range(LANES):
-                pull = local[j, lane]
-                wanted = code[j, lane] + np.rint(pull * flat * inverse[lane])
+            step = steps[j - first]
+            for lane in range(ROWS):
+                pull, code, scale = local[j - start, lane], codes[j, lane], scales[j, lane]
+                wanted = code + np.rint(pull * flat * (np.float32(1.0) / scale))
                 wanted = np.float32(0.0) if wanted < np.float32(0.0) else wanted
                 wanted = top_code if wanted > top_code else wanted
-                delta = (wanted - code[j, lane]) * scale[lane]
-                code[j, lane] = wanted
+                delta = (wanted - code) * scale
+                codes[j, lane] = wanted
                 step[lane] = delta
                 gain[lane] += delta * (np.float32(2.0) * pull - delta * curvature)
+                misses[j, lane] -= delta
                 moved += delta != np.float32(0.0)
-            if moved > 0:
-                for k in range(columns):
-                    push = gram[j, k]
-                    for lane in range(LANES):
-                        local[k, lane] -= step[lane] * push
-                for lane in range(count):
-                    misses[j, first + lane] -= step[lane]
-        for j in range(columns):
-            for lane in range(count):
-                codes[j, first + lane] = np.uint8(np.int32(code[j, lane]))
+            for k in range(j + 1, last):
+                push = H[j, k]
+                for lane in range(ROWS):
+                    local[k - start, lane] -= step[lane] * push
+        if moved > 0:
+            stride = np.int64(H.strides[0])
+            matrix, rest = H.ctypes.data + last * stride + 4 * first, local.ctypes.data + (last - start) * COLUMN_BYTES
+            subtract_products(matrix, stride, steps.ctypes.data, last - first, rest, stop - last)
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _descend(
+    W: Any, order: Any, H: Any, group: Any, block: Any, passes: Any, top_code: Any, scales: Any, zeros: Any, codes: Any,
+    gained: Any,
+) -> None:  # fmt: skip
+    rows, width = W.shape
+    stride = np.int64(H.strides[0])
+    for run in prange((rows + ROWS - 1) // ROWS):
+        first = run * ROWS
+        count = min(ROWS, rows - first)
+        misses, chosen = np.zeros((width, ROWS), np.float32), np.zeros((width, ROWS), np.float32)
+        wide = np.ones((width, ROWS), np.float32)
         for lane in range(count):
-            gained[first + lane] = gain[lane]
+            for k in range(width):
+                channel = order[k]
+                scale = scales[first + lane, channel // group]
+                code = np.float32(codes[first + lane, channel])
+                wide[k, lane] = scale
+                chosen[k, lane] = code
+                misses[k, lane] = (
+                    W[first + lane, channel] - (code - np.float32(zeros[first + lane, channel // group])) * scale
+                )
+        local, steps = np.empty((block, ROWS), np.float32), np.empty((COLUMNS, ROWS), np.float32)
+        for _ in range(passes):
+            for start in range(0, width, block):
+                stop = min(start + block, width)
+                gain = np.zeros(ROWS, np.float32)
+                local[:] = np.float32(0.0)
+                matrix = H.ctypes.data + start * stride
+                add_products(matrix, stride, misses.ctypes.data, width, local.ctypes.data, stop - start)
+                _descend_block(H, start, stop, wide, top_code, chosen, misses, local, steps, gain)
+                for lane in range(count):
+                    gained[first + lane] += np.float64(gain[lane])
+        for lane in range(count):
+            for k in range(width):
+                codes[first + lane, order[k]] = np.uint8(np.int32(chosen[k, lane]))
 
 
-def descend_block(
-    gradient: torch.Tensor,
-    gram: torch.Tensor,
-    scales: torch.Tensor,
+def descend_rows(
+    W: torch.Tensor,
+    order: torch.Tensor,
+    H: torch.Tensor,
+    group: int,
+    passes: int,
     largest_code: int,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
     codes: torch.Tensor,
-    misses: torch.Tensor,
 ) -> torch.Tensor:
-    """Re-round each column of a block in turn, given all others.
+    """Re-round each column in turn, given all others, as often as there are passes.
 
     Args:
-        gradient: fp32 [columns, rows], the block's part of H Eᵀ. gram: fp32 [columns, columns], H's block.
-        scales: fp32 [groups, rows], of either sign; groups are equally wide.
-        codes: uint8 [columns, rows]; changed in place. misses: fp32 [columns, rows], Eᵀ = (W − Ŵ)ᵀ; likewise.
+        W: fp32 [N, K]. order: int64 [K], the channels of H's rows. H: fp32 [K, K].
+        group: channels that share a scale. scales: fp32 [N, G], of either sign. zeros: uint8 [N, G].
+        codes: uint8 [N, K]; changed in place.
 
     Returns:
-        By how much each row's loss fell, fp32 [rows].
+        By how much each row's loss fell, fp64 [N].
     """
     use_torch_threads()
-    gained = torch.empty(gradient.shape[1])
+    gained = torch.zeros(len(W), dtype=torch.float64)
     _descend(
-        gradient.numpy(), gram.numpy(), scales.contiguous().numpy(), np.float32(largest_code), codes.numpy(),
-        misses.numpy(), gained.numpy(),
+        W.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), group, BLOCK, passes, np.float32(largest_code),
+        scales.numpy(), zeros.numpy(), codes.numpy(), gained.numpy(),
     )  # fmt: skip
     return gained

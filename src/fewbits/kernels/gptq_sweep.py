@@ -1,104 +1,203 @@
-"""Compiled sweep of GPTQ over one group of columns: round a column, push its error into the later ones of the group.
+"""Compiled sweep of GPTQ: round a column, push its error into the later ones, group by group over all columns.
 
-Several grids are tried, each by a sweep of its own, and each row keeps the one that ends with the least loss. Works on
-the transposed block [columns, rows], a run of rows at a time, so that all of a run's columns stay in the first-level
-cache and every inner loop is over neighbouring rows. Rows are independent: the result does not depend on how they are
-split.
+A group is swept once for each candidate grid, and each row keeps the one that ends with the least loss. 32 rows at a
+time lie side by side, all of their columns in the cache, so that every step is the same for 32 rows. Rows are
+independent: the result does not depend on how they are split.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit, prange
 
-from fewbits.kernels.compiling import use_torch_threads
+from fewbits.kernels.compiling import ROUNDING, use_torch_threads
+from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
+from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
+from fewbits.schemes import Scheme
+from fewbits.search import Search
 
-LANES = 64
+STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+# What is known of a row's grid, a row of an array each.
+SCALE, LOW, HIGH, LOWEST, HIGHEST, WIDE, NARROW, LEAST, BEST, BEST_ZERO, LOSS, MISSED, INVERSE = range(13)
 
 
-@njit(parallel=True, fastmath={"contract"}, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _sweep(
-    block: Any, factor: Any, scales: Any, zeros: Any, top_code: Any, codes: Any, errors: Any, chosen: Any, losses: Any
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _push(factor: Any, first: Any, stop: Any, column: Any, count: Any, errors: Any, sums: Any) -> None:
+    """Take off columns first to stop, at an address, what the errors of `count` columns from `column` on push there."""
+    stride = np.int64(factor.strides[0])
+    matrix = factor.ctypes.data + first * stride + 4 * column
+    subtract_products(matrix, stride, errors, count, sums, stop - first)
+
+
+@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+def _sweep_group(local: Any, factor: Any, start: Any, lanes: Any, codes: Any, errors: Any) -> None:
+    """Sweep columns [count, ROWS] that begin at column `start` with each row's grid; writes codes, errors and loss."""
+    count = len(local)
+    for lane in range(ROWS):
+        lanes[LOSS, lane] = np.float32(0.0)
+        lanes[INVERSE, lane] = np.float32(1.0) / lanes[SCALE, lane]
+    for first in range(0, count, COLUMNS):
+        stop = min(first + COLUMNS, count)
+        for j in range(first, stop):
+            # Uᵀ lies there; its diagonal divides.
+            diagonal = np.float32(1.0) / factor[start + j, start + j]
+            for lane in range(ROWS):
+                w, scale = local[j, lane], lanes[SCALE, lane]
+                code = np.rint(w * lanes[INVERSE, lane])
+                code = lanes[LOW, lane] if code < lanes[LOW, lane] else code
+                code = lanes[HIGH, lane] if code > lanes[HIGH, lane] else code
+                miss = (w - code * scale) * diagonal
+                codes[j, lane] = code - lanes[LOW, lane]
+                errors[j, lane] = miss
+                lanes[MISSED, lane] = miss
+                lanes[LOSS, lane] += miss * miss
+            for k in range(j + 1, stop):
+                push = factor[start + k, start + j]
+                for lane in range(ROWS):
+                    local[k, lane] -= lanes[MISSED, lane] * push
+        pushed, rest = errors.ctypes.data + first * COLUMN_BYTES, local.ctypes.data + stop * COLUMN_BYTES
+        _push(factor, start + stop, start + count, start + first, stop - first, pushed, rest)
+
+
+@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+def _ranges(columns: Any, lanes: Any, symmetric: Any, top_code: Any) -> None:
+    for lane in range(ROWS):
+        lanes[LOWEST, lane] = np.float32(0.0)
+        lanes[HIGHEST, lane] = np.float32(0.0)
+    for j in range(len(columns)):
+        for lane in range(ROWS):
+            w = columns[j, lane]
+            lanes[LOWEST, lane] = w if w < lanes[LOWEST, lane] else lanes[LOWEST, lane]
+            lanes[HIGHEST, lane] = w if w > lanes[HIGHEST, lane] else lanes[HIGHEST, lane]
+    for lane in range(ROWS):
+        wide, narrow = covering(lanes[LOWEST, lane], lanes[HIGHEST, lane], symmetric, top_code)
+        lanes[WIDE, lane] = wide
+        lanes[NARROW, lane] = narrow
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_candidate(
+    lanes: Any, symmetric: Any, extreme_first: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, most: Any
 ) -> None:
-    columns, rows = block.shape
-    for run in prange((rows + LANES - 1) // LANES):
-        first = run * LANES
-        count = min(LANES, rows - first)
-        local = np.zeros((columns, LANES), np.float32)
-        kept_codes, kept_errors = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32)
-        missed, loss = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-        least, best = np.full(LANES, np.float32(np.inf)), np.zeros(LANES, np.int32)
-        inverse, scale = np.ones(LANES, np.float32), np.ones(LANES, np.float32)
-        low, high = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-        tried_codes, tried_errors = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32)
-        for grid in range(len(scales)):
-            for lane in range(count):
-                scale[lane] = scales[grid, first + lane]
-                inverse[lane] = np.float32(1.0) / scale[lane]
-                low[lane] = -zeros[grid, first + lane]
-                high[lane] = top_code - zeros[grid, first + lane]
-            for j in range(columns):
-                for lane in range(count):
-                    local[j, lane] = block[j, first + lane]
-            loss[:] = np.float32(0.0)
-            for j in range(columns):
-                diagonal = np.float32(1.0) / factor[j, j]
-                for lane in range(LANES):
-                    w = local[j, lane]
-                    code = np.rint(w * inverse[lane])
-                    code = low[lane] if code < low[lane] else code
-                    code = high[lane] if code > high[lane] else code
-                    miss = (w - code * scale[lane]) * diagonal
-                    tried_codes[j, lane] = code - low[lane]
-                    tried_errors[j, lane] = miss
-                    missed[lane] = miss
-                    loss[lane] += miss * miss
-                for k in range(j + 1, columns):
-                    push = factor[j, k]
-                    for lane in range(LANES):
-                        local[k, lane] -= missed[lane] * push
-            for j in range(columns):
-                for lane in range(LANES):
-                    better = loss[lane] < least[lane] or grid == 0
-                    kept_codes[j, lane] = tried_codes[j, lane] if better else kept_codes[j, lane]
-                    kept_errors[j, lane] = tried_errors[j, lane] if better else kept_errors[j, lane]
-            for lane in range(LANES):
-                better = loss[lane] < least[lane] or grid == 0
-                best[lane] = grid if better else best[lane]
-                least[lane] = loss[lane] if better else least[lane]
-        for j in range(columns):
-            for lane in range(count):
-                codes[j, first + lane] = np.uint8(np.int32(kept_codes[j, lane]))
-                errors[j, first + lane] = kept_errors[j, lane]
+    for lane in range(ROWS):
+        lowest, highest, wide = lanes[LOWEST, lane], lanes[HIGHEST, lane], lanes[WIDE, lane]
+        if symmetric:
+            span = wide if extreme_first else lanes[NARROW, lane]
+            scale = symmetric_grid(lowest, highest, span * factor, extreme_first, dropped, smallest, most)
+            zero = (top_code + np.float32(1.0)) / np.float32(2.0)
+        else:
+            scale, zero = asymmetric_grid(lowest * factor, wide * factor, top_code, dropped, smallest, most)
+        lanes[SCALE, lane] = scale
+        lanes[LOW, lane] = -zero
+        lanes[HIGH, lane] = top_code - zero
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _keep_better(lanes: Any, is_first: Any) -> None:
+    for lane in range(ROWS):
+        better = is_first or lanes[LOSS, lane] < lanes[LEAST, lane]
+        lanes[LEAST, lane] = lanes[LOSS, lane] if better else lanes[LEAST, lane]
+        lanes[BEST, lane] = lanes[SCALE, lane] if better else lanes[BEST, lane]
+        lanes[BEST_ZERO, lane] = -lanes[LOW, lane] if better else lanes[BEST_ZERO, lane]
+
+
+@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+def _find_grid(
+    columns: Any, local: Any, factor: Any, start: Any, factors: Any, symmetric: Any, top_code: Any, dropped: Any,
+    smallest: Any, most: Any, lanes: Any, codes: Any, errors: Any,
+) -> None:  # fmt: skip
+    """Sweep the columns of a group with every candidate grid, and leave the best one in `lanes`."""
+    _ranges(columns, lanes, symmetric, top_code)
+    kinds = 2 if symmetric and top_code > np.float32(1.0) else 1
+    for candidate in range(len(factors) * kinds):
+        factor_of_range = factors[candidate // kinds]
+        _take_candidate(
+            lanes, symmetric, candidate % kinds == 0, factor_of_range, top_code, dropped, smallest, most
+        )  # fmt: skip
+        local[:] = columns
+        _sweep_group(local, factor, start, lanes, codes, errors)
+        _keep_better(lanes, candidate == 0)
+    for lane in range(ROWS):
+        lanes[SCALE, lane] = lanes[BEST, lane]
+        lanes[LOW, lane] = -lanes[BEST_ZERO, lane]
+        lanes[HIGH, lane] = top_code - lanes[BEST_ZERO, lane]
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _sweep(
+    W: Any, order: Any, factor: Any, group: Any, step: Any, factors: Any, symmetric: Any, top_code: Any, dropped: Any,
+    smallest: Any, most: Any, scales: Any, zeros: Any, codes: Any, losses: Any,
+) -> None:  # fmt: skip
+    rows, width = W.shape
+    for run in prange((rows + ROWS - 1) // ROWS):
+        first = run * ROWS
+        count = min(ROWS, rows - first)
+        panel = np.zeros((width, ROWS), np.float32)
         for lane in range(count):
-            chosen[first + lane] = best[lane]
-            losses[first + lane] = least[lane]
+            for k in range(width):
+                panel[k, lane] = W[first + lane, order[k]]
+        local, errors = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
+        chosen = np.empty((step, ROWS), np.float32)
+        lanes = np.ones((13, ROWS), np.float32)
+        for start in range(0, width, step):
+            stop = min(start + step, width)
+            number = order[start] // group
+            columns = panel[start:stop]
+            if len(factors) > 0:
+                _find_grid(
+                    columns, local[: stop - start], factor, start, factors, symmetric, top_code, dropped, smallest,
+                    most, lanes, chosen, errors,
+                )  # fmt: skip
+                for lane in range(count):
+                    scales[first + lane, number] = lanes[SCALE, lane]
+                    zeros[first + lane, number] = np.uint8(np.int32(-lanes[LOW, lane]))
+            else:
+                for lane in range(count):
+                    lanes[SCALE, lane] = scales[first + lane, number]
+                    lanes[LOW, lane] = -np.float32(zeros[first + lane, number])
+                    lanes[HIGH, lane] = top_code + lanes[LOW, lane]
+            _sweep_group(columns, factor, start, lanes, chosen, errors)
+            rest = panel.ctypes.data + stop * COLUMN_BYTES
+            _push(factor, stop, width, start, stop - start, errors.ctypes.data, rest)
+            for lane in range(count):
+                losses[first + lane] += np.float64(lanes[LOSS, lane])
+                for j in range(stop - start):
+                    codes[first + lane, order[start + j]] = np.uint8(np.int32(chosen[j, lane]))
 
 
-def sweep_block(
-    block: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, largest_code: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the codes of one group of columns, and for each row the grid among those offered.
+def sweep_rows(
+    W: torch.Tensor,
+    order: torch.Tensor,
+    U: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    candidates: Search | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the codes of rows, and for each group of each row the grid among the candidates.
 
     Args:
-        block: fp32 [columns, rows], the weights with earlier columns' errors pushed in.
-        factor: fp32 [columns, columns], the block of the upper Cholesky factor U of H⁻¹ on its diagonal.
-        scales, zeros: fp32 [grids, rows].
+        W: fp32 [N, K]. order: int64 [K], channels as they are swept; those of a group come together.
+        U: fp32 [K, K], the upper Cholesky factor of the inverse of H, its channels in `order`, as a transposed view.
+        candidates: grids that are tried; None takes `scales` and `zeros` as they come.
+        scales, zeros: fp32 and uint8 [N, G], written where there are candidates.
+        step: columns of one grid that are swept together, a group or less.
 
     Returns:
-        Codes uint8 [columns, rows], errors fp32 [columns, rows]: (w − ŵ) / U_jj, the number of the grid that was
-        chosen int32 [rows], and its loss, the sum of the squared errors, fp32 [rows].
+        Codes uint8 [N, K], and each row's loss, the sum of its squared errors (w − ŵ) / U_jj, fp64 [N].
     """
     use_torch_threads()
-    rows = block.shape[1]
-    codes = torch.empty(block.shape, dtype=torch.uint8)
-    errors = torch.empty(block.shape, dtype=torch.float32)
-    chosen, losses = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
+    codes, losses = torch.empty(W.shape, dtype=torch.uint8), torch.zeros(len(W), dtype=torch.float64)
+    factors: Sequence[float] = () if candidates is None else candidates.factors()
     _sweep(
-        block.numpy(), factor.numpy(), scales.contiguous().numpy(), zeros.contiguous().numpy(),
-        np.float32(largest_code), codes.numpy(), errors.numpy(), chosen.numpy(), losses.numpy(),
+        W.contiguous().numpy(), order.numpy(), U.T.contiguous().numpy(), scheme.group_size or W.shape[1], step,
+        np.array(factors, np.float32), scheme.symmetric, np.float32(scheme.largest_code),
+        *ROUNDING[STORED[scale_dtype]], scales.numpy(), zeros.numpy(), codes.numpy(), losses.numpy(),
     )  # fmt: skip
-    return codes, errors, chosen, losses
+    return codes, losses

@@ -30,6 +30,33 @@ ONE = np.float32(1.0)
 lane_loop = njit(nogil=True, error_model="numpy")
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def covering(low: Any, high: Any, symmetric: Any, top_code: Any) -> Any:
+    """Scales whose grids just cover a range: with all levels, and symmetric with a positive scale."""
+    middle = (top_code + ONE) / np.float32(2.0)
+    extreme = high if high > -low else -low
+    wide = extreme / middle if symmetric else (high - low) / top_code
+    return wide, extreme / (middle - ONE) if middle > ONE else wide
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def asymmetric_grid(lowest: Any, wide: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any) -> Any:
+    """Scale and zero point of a range that begins at `lowest`, `wide` a step."""
+    scale = stored_scale(wide, dropped, smallest, largest)
+    zero = np.rint(-lowest * (ONE / scale))
+    zero = ZERO_POINT if zero < ZERO_POINT else zero
+    return scale, top_code if zero > top_code else zero
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def symmetric_grid(
+    low: Any, high: Any, step: Any, extreme_first: Any, dropped: Any, smallest: Any, largest: Any
+) -> Any:
+    """The scale of a step: with whatever sign takes the range's extreme to code 0, or else positive."""
+    scale = stored_scale(step, dropped, smallest, largest)
+    return -scale if extreme_first and high > -low else scale
+
+
 @lane_loop  # type: ignore[untyped-decorator]
 def _fill(tile: Any, words: Any, pairs: Any, first: Any, count: Any, size: Any) -> None:
     """Weights of groups first, first + 1 … as columns of `tile`; two bf16 come in one word."""
@@ -69,27 +96,21 @@ def _ranges(tile: Any, lanes: Any, symmetric: Any, top_code: Any, dropped: Any, 
                 high = x if x > high else high
             lanes[LOWEST + lane] = low
             lanes[HIGHEST + lane] = high
-    middle = (top_code + ONE) / np.float32(2.0)
     for lane in range(COUNT):
-        low, high = lanes[LOWEST + lane], lanes[HIGHEST + lane]
-        extreme = high if high > -low else -low
-        wide = extreme / middle if symmetric else (high - low) / top_code
+        wide, narrow = covering(lanes[LOWEST + lane], lanes[HIGHEST + lane], symmetric, top_code)
         lanes[WIDE + lane] = wide
-        lanes[NARROW + lane] = extreme / (middle - ONE) if middle > ONE else wide
+        lanes[NARROW + lane] = narrow
         lanes[BACK + lane] = ONE / stored_scale(wide, dropped, smallest, largest)
 
 
 @lane_loop  # type: ignore[untyped-decorator]
 def _asymmetric(lanes: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any) -> None:
     for lane in range(COUNT):
-        scale = stored_scale(lanes[WIDE + lane] * factor, dropped, smallest, largest)
-        inverse = ONE / scale
-        zero = np.rint(-(lanes[LOWEST + lane] * factor) * inverse)
-        zero = ZERO_POINT if zero < ZERO_POINT else zero
-        zero = top_code if zero > top_code else zero
+        lowest, wide = lanes[LOWEST + lane] * factor, lanes[WIDE + lane] * factor
+        scale, zero = asymmetric_grid(lowest, wide, top_code, dropped, smallest, largest)
         lanes[SCALE + lane] = scale
         lanes[ZERO + lane] = zero
-        lanes[INVERSE + lane] = inverse
+        lanes[INVERSE + lane] = ONE / scale
         lanes[LOW + lane] = -zero
         lanes[HIGH + lane] = top_code - zero
 
@@ -101,11 +122,9 @@ def _symmetric(
     """The extreme goes to code 0, with whatever sign that asks for; or else the scale is positive and narrower."""
     middle = (top_code + ONE) / np.float32(2.0)
     for lane in range(COUNT):
-        wide, narrow = lanes[WIDE + lane], lanes[NARROW + lane]
+        step = (lanes[WIDE + lane] if extreme_first else lanes[NARROW + lane]) * factor
         low, high = lanes[LOWEST + lane], lanes[HIGHEST + lane]
-        scale = stored_scale((wide if extreme_first else narrow) * factor, dropped, smallest, largest)
-        negative = extreme_first and high > -low
-        scale = -scale if negative else scale
+        scale = symmetric_grid(low, high, step, extreme_first, dropped, smallest, largest)
         lanes[SCALE + lane] = scale
         lanes[ZERO + lane] = middle
         lanes[INVERSE + lane] = ONE / scale

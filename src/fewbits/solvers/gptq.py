@@ -19,11 +19,13 @@ from fewbits.solvers.coupled import solve_in_turn
 from fewbits.solvers.drifted import drifted_targets
 from fewbits.solvers.factorization import inverse_factor
 from fewbits.solvers.gptq_options import DEFAULTS, GptqOptions
-from fewbits.solvers.row_solver import PANEL, RowSolver
+from fewbits.solvers.row_solver import RowSolver
 from fewbits.solvers.solution import Solution, joined, part_of
 
 # Rows solved at a time, at least.
 SOME_ROWS = 128
+# Rows of H put in order at a time.
+PANEL = 512
 # Weights of the rows solved at a time: each step of the way has a copy of them in fp32.
 ROW_NUMBERS = 1 << 22
 

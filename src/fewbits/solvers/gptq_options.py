@@ -18,14 +18,13 @@ SWEPT_SEARCH = Search(steps=11, narrowest=0.8)
 class GptqOptions:
     """What may be varied; docs/methods/gptq.md has each choice measured.
 
-    ordered: channels by diag(H) within a group, groups by their largest. refit: scales from compensated weights.
-    search: factors of the range that are tried by rounding. swept: those tried by sweeping the group; None to take
-    the best by rounding. passes: of coordinate descent. damping: share of the mean diagonal. coupling_damping: the same
-    for output Grams.
+    ordered: channels by diag(H) within a group, groups by their largest. swept: factors of the range that are tried by
+    sweeping a group when its turn comes; None to fix its scale beforehand, as where one spans the whole row, by
+    rounding with the factors in `search`. passes: of coordinate descent. damping: share of the mean diagonal.
+    coupling_damping: the same for output Grams.
     """
 
     ordered: bool = True
-    refit: bool = True
     search: Search = DEFAULT_SEARCH
     swept: Search | None = SWEPT_SEARCH
     passes: int = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fewbits.fp32_products import fast_fp32
+from fewbits.kernels.quadratic import quadratic
 from fewbits.kernels.rounding import search_grid
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
@@ -15,8 +15,6 @@ from fewbits.solvers.gptq_options import GptqOptions
 from fewbits.solvers.solution import Grid, Solution
 from fewbits.solvers.sweep import sweep
 
-# Columns of H multiplied at a time where its symmetry saves half.
-PANEL = 512
 # Rows compared with plain rounding; only if one of them came out worse, all are.
 SAMPLED_ROWS = 64
 
@@ -94,7 +92,7 @@ class RowSolver:
 
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
         """The diagonal of rows · H · rowsᵀ, fp64 [n]."""
-        return (_quadratic(rows[:, self._order], self._turned) - rows.square() @ self._added).clamp_min(0)
+        return (quadratic(rows, self._order, self._turned) - rows.square() @ self._added).clamp_min(0)
 
     def _rounded(self, W: torch.Tensor) -> Grid:
         return _rounded(W, self._scheme, self._scale_dtype, self._options.search, self._living)
@@ -127,15 +125,3 @@ def _rounded(
     offset = zeros.float()[:, :, None]
     codes = ((grouped * (1 / scales.float())[:, :, None]).round_() + offset).clamp_(0, scheme.largest_code)
     return codes.to(torch.uint8).view(W.shape), scales, None if scheme.symmetric else zeros
-
-
-def _quadratic(rows: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-    """The diagonal of rows · H · rowsᵀ, fp64 [N], from the upper triangle of H."""
-    total = torch.zeros(len(rows), dtype=torch.float64)
-    with fast_fp32():
-        for start in range(0, len(H), PANEL):
-            panel, behind = slice(start, start + PANEL), slice(start + PANEL, None)
-            left = rows[:, panel].contiguous()
-            total += ((left @ H[panel, panel]) * left).sum(1)
-            total += 2 * ((left @ H[panel, behind]) * rows[:, behind]).sum(1)
-    return total

@@ -1,0 +1,93 @@
+"""Sums of rows, 32 of them side by side, minus or plus products: what the solvers' loops over columns are made of.
+
+A column holds one number of each of 32 rows, two vectors of 16. Some columns' sums stay in registers while others
+stream by, each number of a matrix spread over the vectors that it is multiplied with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from fewbits.kernels.lanes import F32, I64, LANES, Sums, load, multiply_add, repeat, spread
+
+# Rows that lie side by side, and bytes of a column of theirs.
+ROWS = 2 * LANES
+COLUMN_BYTES = 4 * ROWS
+# Columns whose sums fit the registers: 32 of 64 bytes, or 16 of 32 or 32 of 16 bytes.
+COLUMNS = 8 if llvm.get_host_cpu_features().get("avx512f") else 2
+
+
+@cache
+def add_lanes(columns: int, negative: bool) -> Callable[..., None]:
+    """An intrinsic (matrix, stride, right, count, sums): sums += matrix · right, or −=.
+
+    matrix: the address of fp32 [columns, count], rows `stride` bytes apart. right, sums: the addresses of columns, fp32
+    [count, ROWS] and [columns, ROWS].
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def added(typing_context: Any, matrix: Any, stride: Any, right: Any, count: Any, sums: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _add(builder, columns, negative, *arguments)
+            return context.get_dummy_value()
+
+        return types.none(*[types.int64] * 5), generate
+
+    return added  # type: ignore[no-any-return]
+
+
+def _add(
+    builder: Any, columns: int, negative: bool, matrix: Any, stride: Any, right: Any, count: Any, sums: Any
+) -> None:
+    rows = [builder.add(matrix, builder.mul(stride, ir.Constant(I64, column))) for column in range(columns)]
+
+    def body(turn: Any, carried: list[Any]) -> list[Any]:
+        at = builder.add(right, builder.mul(turn, ir.Constant(I64, COLUMN_BYTES)))
+        both = [load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * half)), Sums.vector) for half in range(2)]
+        both = [builder.fneg(half) for half in both] if negative else both
+        shift = builder.mul(turn, ir.Constant(I64, 4))
+        added: list[Any] = []
+        for row in rows:
+            number = spread(builder, load(builder, builder.add(row, shift), F32))
+            added += [multiply_add(builder, number, half, carried[len(added) + i]) for i, half in enumerate(both)]
+        return added
+
+    places = [builder.add(sums, ir.Constant(I64, 4 * LANES * place)) for place in range(2 * columns)]
+    kept = [load(builder, place, Sums.vector) for place in places]
+    for place, total in zip(places, repeat(builder, count, kept, body), strict=True):
+        builder.store(total, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
+
+
+_add_some, _add_single = add_lanes(COLUMNS, False), add_lanes(1, False)
+_subtract_some, _subtract_single = add_lanes(COLUMNS, True), add_lanes(1, True)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def add_products(matrix: Any, stride: Any, right: Any, count: Any, sums: Any, columns: Any) -> None:
+    """sums += matrix · right, of addresses: fp32 [columns, count], rows `stride` bytes apart; columns [count, ROWS]."""
+    done = 0
+    while done + COLUMNS <= columns:
+        _add_some(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
+        done += COLUMNS
+    while done < columns:
+        _add_single(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
+        done += 1
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def subtract_products(matrix: Any, stride: Any, right: Any, count: Any, sums: Any, columns: Any) -> None:
+    """sums −= matrix · right, like `add_products`."""
+    done = 0
+    while done + COLUMNS <= columns:
+        _subtract_some(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
+        done += COLUMNS
+    while done < columns:
+        _subtract_single(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
+        done += 1

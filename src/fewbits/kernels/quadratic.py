@@ -1,0 +1,54 @@
+"""Compiled rows · H · rowsᵀ, its diagonal alone, from the lower triangle of H."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from fewbits.kernels.compiling import use_torch_threads
+from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products
+
+# Columns of H that are multiplied together.
+BLOCK = 64
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _quadratic(rows: Any, order: Any, H: Any, totals: Any) -> None:
+    number, width = rows.shape
+    stride = np.int64(H.strides[0])
+    for run in prange((number + ROWS - 1) // ROWS):
+        first = run * ROWS
+        count = min(ROWS, number - first)
+        panel, sums = np.zeros((width, ROWS), np.float32), np.empty((BLOCK, ROWS), np.float32)
+        for lane in range(count):
+            for k in range(width):
+                panel[k, lane] = rows[first + lane, order[k]]
+        for start in range(0, width, BLOCK):
+            some = min(BLOCK, width - start)
+            matrix = H.ctypes.data + start * stride
+            sums[:] = np.float32(0.0)
+            if start > 0:
+                add_products(matrix, stride, panel.ctypes.data, start, sums.ctypes.data, some)
+            sums *= np.float32(2.0)
+            own = panel.ctypes.data + start * COLUMN_BYTES
+            add_products(matrix + 4 * start, stride, own, some, sums.ctypes.data, some)
+            for lane in range(count):
+                total = np.float32(0.0)
+                for k in range(some):
+                    total += sums[k, lane] * panel[start + k, lane]
+                totals[first + lane] += np.float64(total)
+
+
+def quadratic(rows: torch.Tensor, order: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """The diagonal of rows · H · rowsᵀ, fp64 [n].
+
+    Args:
+        rows: fp32 [n, K]. order: int64 [K], the columns of `rows` as H has them. H: symmetric fp32 [K, K].
+    """
+    use_torch_threads()
+    totals = torch.zeros(len(rows), dtype=torch.float64)
+    _quadratic(rows.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), totals.numpy())
+    return totals
