@@ -8,7 +8,6 @@ checkpoint is quantized without it.
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -17,8 +16,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from fewbits.kernels.threads import thread_count
-
 if TYPE_CHECKING:
     import torch
 
@@ -26,16 +23,6 @@ Array = np.ndarray[Any, Any]
 
 # Sums may be reordered into lanes and fused with products. Codes must not change by it: each is a product, rounded.
 SUMS = {"reassoc", "nsz", "contract"}
-
-
-def use_torch_threads() -> None:
-    """Let kernels use as many threads as torch does."""
-    numba.set_num_threads(max(1, min(thread_count(), numba.config.NUMBA_NUM_THREADS)))
-
-
-if "NUMBA_THREADING_LAYER" not in os.environ:
-    # Beside torch's own threads, OpenMP costs 2 % and the default work queue 62 %.
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 @intrinsic  # type: ignore[untyped-decorator]

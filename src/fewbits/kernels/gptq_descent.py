@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
-from fewbits.kernels.compiling import use_torch_threads
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, add_products, subtract_products
+from fewbits.kernels.threads import over_rows
 
 # Columns whose gradients are computed together, and then kept up to date.
 BLOCK = 128
@@ -53,14 +53,15 @@ def _descend_block(
             subtract_products(matrix, stride, steps.ctypes.data, last - first, rest, stop - last)
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _descend(
     W: Any, order: Any, H: Any, group: Any, block: Any, passes: Any, top_code: Any, scales: Any, zeros: Any, codes: Any,
-    gained: Any,
+    gained: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
+    """Descend in runs of ROWS rows, those numbered begin to end."""
     rows, width = W.shape
     stride = np.int64(H.strides[0])
-    for run in prange((rows + ROWS - 1) // ROWS):
+    for run in range(begin, end):
         first = run * ROWS
         count = min(ROWS, rows - first)
         misses, chosen = np.zeros((width, ROWS), np.float32), np.zeros((width, ROWS), np.float32)
@@ -112,10 +113,10 @@ def descend_rows(
     Returns:
         By how much each row's loss fell, fp64 [N].
     """
-    use_torch_threads()
     gained = torch.zeros(len(W), dtype=torch.float64)
-    _descend(
+    given = (
         W.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), group, BLOCK, passes, np.float32(largest_code),
         scales.numpy(), zeros.numpy(), codes.numpy(), gained.numpy(),
     )  # fmt: skip
+    over_rows(-(-len(W) // ROWS), ROWS * W.shape[1] ** 2, lambda begin, end: _descend(*given, begin, end))
     return gained

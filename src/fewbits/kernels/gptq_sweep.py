@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
-from fewbits.kernels.compiling import ROUNDING, use_torch_threads
+from fewbits.kernels.compiling import ROUNDING
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
 from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
+from fewbits.kernels.threads import over_rows
 from fewbits.schemes import Scheme
 from fewbits.search import Search
 
@@ -127,13 +128,14 @@ def _find_grid(
         lanes[HIGH, lane] = top_code - lanes[BEST_ZERO, lane]
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _sweep(
     W: Any, order: Any, factor: Any, group: Any, step: Any, factors: Any, symmetric: Any, top_code: Any, dropped: Any,
-    smallest: Any, most: Any, scales: Any, zeros: Any, codes: Any, losses: Any,
+    smallest: Any, most: Any, scales: Any, zeros: Any, codes: Any, losses: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
+    """Sweep runs of ROWS rows, those numbered begin to end."""
     rows, width = W.shape
-    for run in prange((rows + ROWS - 1) // ROWS):
+    for run in range(begin, end):
         first = run * ROWS
         count = min(ROWS, rows - first)
         panel = np.zeros((width, ROWS), np.float32)
@@ -192,12 +194,12 @@ def sweep_rows(
     Returns:
         Codes uint8 [N, K], and each row's loss, the sum of its squared errors (w − ŵ) / U_jj, fp64 [N].
     """
-    use_torch_threads()
     codes, losses = torch.empty(W.shape, dtype=torch.uint8), torch.zeros(len(W), dtype=torch.float64)
     factors: Sequence[float] = () if candidates is None else candidates.factors()
-    _sweep(
+    given = (
         W.contiguous().numpy(), order.numpy(), U.T.contiguous().numpy(), scheme.group_size or W.shape[1], step,
         np.array(factors, np.float32), scheme.symmetric, np.float32(scheme.largest_code),
         *ROUNDING[STORED[scale_dtype]], scales.numpy(), zeros.numpy(), codes.numpy(), losses.numpy(),
     )  # fmt: skip
+    over_rows(-(-len(W) // ROWS), ROWS * W.shape[1] ** 2, lambda begin, end: _sweep(*given, begin, end))
     return codes, losses

@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
-from fewbits.kernels.compiling import use_torch_threads
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products
+from fewbits.kernels.threads import over_rows
 
 # Columns of H that are multiplied together.
 BLOCK = 64
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _quadratic(rows: Any, order: Any, H: Any, totals: Any) -> None:
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _quadratic(rows: Any, order: Any, H: Any, totals: Any, begin: Any, end: Any) -> None:
     number, width = rows.shape
     stride = np.int64(H.strides[0])
-    for run in prange((number + ROWS - 1) // ROWS):
+    for run in range(begin, end):
         first = run * ROWS
         count = min(ROWS, number - first)
         panel, sums = np.zeros((width, ROWS), np.float32), np.empty((BLOCK, ROWS), np.float32)
@@ -48,7 +48,7 @@ def quadratic(rows: torch.Tensor, order: torch.Tensor, H: torch.Tensor) -> torch
     Args:
         rows: fp32 [n, K]. order: int64 [K], the columns of `rows` as H has them. H: symmetric fp32 [K, K].
     """
-    use_torch_threads()
     totals = torch.zeros(len(rows), dtype=torch.float64)
-    _quadratic(rows.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), totals.numpy())
+    given = rows.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), totals.numpy()
+    over_rows(-(-len(rows) // ROWS), ROWS * len(H) ** 2, lambda begin, end: _quadratic(*given, begin, end))
     return totals

@@ -2,23 +2,32 @@
 
 32 columns at a time, each from all columns before it (left-looking), so that every number is read, summed up in
 registers and written once. Source: Golub and Van Loan, Matrix Computations, 4.2.
+Steps of a program (kernels.team): a step begins when the one before has been done by whoever came.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import carray, njit
 
-from fewbits.kernels.compiling import use_torch_threads
+from fewbits.kernels.compiling import Array
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products, subtract_products
+from fewbits.kernels.memory import pointer_to
+from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
 
 # Panels of an inverse that are computed before they are written over what they are computed from.
 PANELS = 32
-# Numbers of a tile that is turned around.
-TILE = 32
+# The fields of a block. FIRST is the column or the panel that a step begins at, SCRATCH what it leaves for the next.
+H_AT, ADDED, M_AT, SIZE, INVERSES_AT, FIRST, SCRATCH_AT, FAILED_AT = range(OWN, OWN + 8)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _matrix(address: Any, rows: Any, columns: Any) -> Any:
+    return carray(pointer_to(address), (rows, columns), np.float32)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -48,97 +57,120 @@ def _factor_small(block: Any, width: Any, inverse: Any) -> Any:
     return True
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _factor(M: Any, inverses: Any) -> Any:
-    size = len(M)
-    stride = np.int64(M.strides[0])
-    for first in range(0, size, ROWS):
-        width = min(ROWS, size - first)
-        left = np.zeros((first, ROWS), np.float32)
-        for lane in range(width):
-            for j in range(first):
-                left[j, lane] = M[first + lane, j]
-        block = np.zeros((ROWS, ROWS), np.float32)
-        block[:width, :width] = M[first : first + width, first : first + width]
+def _reverse(address: Any, start: Any, stop: Any) -> None:
+    """Rows of M: those of H from the other end, and what is added to its diagonal."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    size = block[SIZE]
+    H, M = _matrix(block[H_AT], size, size), _matrix(block[M_AT], size, size)
+    added = _matrix(address + 8 * ADDED, 1, 1)[0, 0]
+    for row in range(start, stop):
+        for column in range(size):
+            M[row, column] = H[size - 1 - row, size - 1 - column]
+        M[row, row] += added
+
+
+def _factor_diagonal(address: Any, start: Any, stop: Any) -> None:
+    """The 32 columns' own rows, their inverse, and those rows as columns for the rows below."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    size, first = block[SIZE], block[FIRST]
+    failed = carray(pointer_to(block[FAILED_AT]), (1,), np.int64)
+    if failed[0] != 0:
+        return
+    M, left = _matrix(block[M_AT], size, size), _matrix(block[SCRATCH_AT], size, ROWS)
+    inverse = _matrix(block[INVERSES_AT] + first * COLUMN_BYTES, ROWS, ROWS)
+    width = min(ROWS, size - first)
+    for lane in range(width):
+        for j in range(first):
+            left[j, lane] = M[first + lane, j]
+    own = np.zeros((ROWS, ROWS), np.float32)
+    own[:width, :width] = M[first : first + width, first : first + width]
+    if first > 0:
+        matrix = block[M_AT] + 4 * first * size
+        subtract_products(matrix, 4 * size, left.ctypes.data, first, own.ctypes.data, width)
+    if not _factor_small(own, width, inverse):
+        failed[0] = 1
+    for c in range(width):
+        for d in range(width):
+            M[first + c, first + d] = own[c, d] if d <= c else np.float32(0.0)
+
+
+def _factor_below(address: Any, start: Any, stop: Any) -> None:
+    """The 32 columns in rows below, a tile of 32 rows a row of the step."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    size, first = block[SIZE], block[FIRST]
+    if carray(pointer_to(block[FAILED_AT]), (1,), np.int64)[0] != 0:
+        return
+    M = _matrix(block[M_AT], size, size)
+    turned = _matrix(block[INVERSES_AT] + first * COLUMN_BYTES, ROWS, ROWS).T.copy()
+    behind = first + ROWS
+    for tile in range(start, stop):
+        row = behind + tile * ROWS
+        count = min(ROWS, size - row)
+        sums, solved = np.zeros((ROWS, ROWS), np.float32), np.zeros((ROWS, ROWS), np.float32)
+        sums[:count] = M[row : row + count, first:behind]
         if first > 0:
             subtract_products(
-                M.ctypes.data + first * stride, stride, left.ctypes.data, first, block.ctypes.data, width
+                block[M_AT] + 4 * row * size, 4 * size, block[SCRATCH_AT], first, sums.ctypes.data, count
             )  # fmt: skip
-        inverse = inverses[first // ROWS]
-        if not _factor_small(block, width, inverse):
-            return False
-        for c in range(width):
-            for d in range(width):
-                M[first + c, first + d] = block[c, d] if d <= c else np.float32(0.0)
-        turned = inverse.T.copy()
-        behind = first + width
-        for tile in prange((size - behind + ROWS - 1) // ROWS):
-            start = behind + tile * ROWS
-            count = min(ROWS, size - start)
-            sums, solved = np.zeros((ROWS, ROWS), np.float32), np.zeros((ROWS, ROWS), np.float32)
-            sums[:count, :width] = M[start : start + count, first:behind]
-            if first > 0:
-                subtract_products(
-                    M.ctypes.data + start * stride, stride, left.ctypes.data, first, sums.ctypes.data, count
-                )  # fmt: skip
-            add_products(sums.ctypes.data, COLUMN_BYTES, turned.ctypes.data, width, solved.ctypes.data, count)
-            M[start : start + count, first:behind] = solved[:count, :width]
-            M[first:behind, start : start + count] = np.float32(0.0)
-    return True
+        add_products(sums.ctypes.data, COLUMN_BYTES, turned.ctypes.data, ROWS, solved.ctypes.data, count)
+        M[row : row + count, first:behind] = solved[:count]
+        M[first:behind, row : row + count] = np.float32(0.0)
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _invert(L: Any, inverses: Any) -> None:
-    size, count = len(L), len(inverses)
-    stride = np.int64(L.strides[0])
-    for begin in range(0, count, PANELS):
-        some = min(PANELS, count - begin)
-        found = np.zeros((some, size - begin * ROWS, ROWS), np.float32)
-        half = (some + 1) // 2
-        for turn in prange(some):
-            # Panels become shorter: threads take every other one.
-            panel = turn * 2 if turn < half else (turn - half) * 2 + 1
-            top = (begin + panel) * ROWS
-            columns = found[panel]
-            at = columns.ctypes.data + panel * ROWS * COLUMN_BYTES
-            width = min(ROWS, size - top)
-            columns[panel * ROWS : panel * ROWS + width] = inverses[begin + panel][:width]
-            for number in range(begin + panel + 1, count):
-                first = number * ROWS
-                rows = min(ROWS, size - first)
-                sums = np.zeros((ROWS, ROWS), np.float32)
-                matrix = L.ctypes.data + first * stride + 4 * top
-                subtract_products(matrix, stride, at, first - top, sums.ctypes.data, rows)
-                inverse, block = inverses[number].ctypes.data, at + (first - top) * COLUMN_BYTES
-                add_products(inverse, COLUMN_BYTES, sums.ctypes.data, rows, block, rows)
-        for panel in prange(some):
-            top = (begin + panel) * ROWS
-            width = min(ROWS, size - top)
-            for row in range(top, size):
-                for lane in range(width):
-                    L[row, top + lane] = found[panel, row - begin * ROWS, lane]
+def _invert_panel(address: Any, start: Any, stop: Any) -> None:
+    """Panels of 32 columns of the inverse, a panel a row of the step, into its scratch."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    size = block[SIZE]
+    sums = np.empty((ROWS, ROWS), np.float32)
+    for panel in range(start, stop):
+        top = block[FIRST] + panel * ROWS
+        found = _matrix(block[SCRATCH_AT] + panel * size * COLUMN_BYTES, size, ROWS)
+        rows = min(ROWS, size - top)
+        found[top : top + rows] = _matrix(block[INVERSES_AT] + top * COLUMN_BYTES, ROWS, ROWS)[:rows]
+        at = found.ctypes.data + top * COLUMN_BYTES
+        for first in range(top + ROWS, size, ROWS):
+            rows = min(ROWS, size - first)
+            sums[:] = np.float32(0.0)
+            matrix = block[M_AT] + 4 * (first * size + top)
+            subtract_products(matrix, 4 * size, at, first - top, sums.ctypes.data, rows)
+            found[first : first + rows] = np.float32(0.0)
+            inverse, behind = block[INVERSES_AT] + first * COLUMN_BYTES, at + (first - top) * COLUMN_BYTES
+            add_products(inverse, COLUMN_BYTES, sums.ctypes.data, rows, behind, rows)
 
 
-@njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _reverse(H: Any, added: Any, out: Any) -> None:
-    size = len(H)
-    for row in prange(size):
-        for column in range(size):
-            out[row, column] = H[size - 1 - row, size - 1 - column]
-        out[row, row] += added
+def _write_panel(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    size = block[SIZE]
+    M = _matrix(block[M_AT], size, size)
+    for panel in range(start, stop):
+        top = block[FIRST] + panel * ROWS
+        width = min(ROWS, size - top)
+        found = _matrix(block[SCRATCH_AT] + panel * size * COLUMN_BYTES, size, ROWS)
+        M[top:, top : top + width] = found[top:, :width]
 
 
-@njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _turn(M: Any) -> None:
-    """Mirror a lower triangle about its other diagonal, in place."""
-    size = len(M)
-    for tile in prange((size + TILE - 1) // TILE):
-        for left in range(0, size, TILE):
-            for row in range(tile * TILE, min(tile * TILE + TILE, size)):
-                for column in range(left, min(left + TILE, row + 1, size - 1 - row)):
+def _mirror(address: Any, start: Any, stop: Any) -> None:
+    """Turn the lower triangle about its other diagonal, tiles of 32 rows."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    size = block[SIZE]
+    M = _matrix(block[M_AT], size, size)
+    for tile in range(start, stop):
+        for left in range(0, size, ROWS):
+            for row in range(tile * ROWS, min(tile * ROWS + ROWS, size)):
+                for column in range(left, min(left + ROWS, row + 1, size - 1 - row)):
                     kept = M[row, column]
                     M[row, column] = M[size - 1 - column, size - 1 - row]
                     M[size - 1 - column, size - 1 - row] = kept
+
+
+_WORK = {
+    work.__name__: work for work in (_reverse, _factor_diagonal, _factor_below, _invert_panel, _write_panel, _mirror)
+}
+
+
+@cache
+def _compiled(name: str) -> Any:
+    return compiled_work(_WORK[name])
 
 
 def inverse_factor_of(H: torch.Tensor, added: float, out: torch.Tensor) -> bool:
@@ -149,12 +181,30 @@ def inverse_factor_of(H: torch.Tensor, added: float, out: torch.Tensor) -> bool:
     Args:
         H: symmetric fp32 [K, K]. out: fp32 [K, K], contiguous.
     """
-    use_torch_threads()
-    M = out.numpy()
-    _reverse(H.numpy(), np.float32(added), M)
-    inverses = np.zeros((-(-len(M) // ROWS), ROWS, ROWS), np.float32)
-    if not _factor(M, inverses):
+    H = H.contiguous()
+    size = len(H)
+    tiles = -(-size // ROWS)
+    inverses, failed = np.zeros((tiles, ROWS, ROWS), np.float32), np.zeros(1, np.int64)
+    scratch = np.empty((min(PANELS, tiles), size, ROWS), np.float32)
+    fixed = {
+        H_AT: H.data_ptr(), ADDED: int(np.float32(added).view(np.uint32)), M_AT: out.data_ptr(), SIZE: size,
+        INVERSES_AT: inverses.ctypes.data, SCRATCH_AT: scratch.ctypes.data, FAILED_AT: failed.ctypes.data,
+    }  # fmt: skip
+    work = {name: Work(_compiled(name), fixed) for name in _WORK}
+    threads = team_size(size**3)
+    steps: list[Array] = [work["_reverse"].step(size, {})]
+    for first in range(0, size, ROWS):
+        steps.append(work["_factor_diagonal"].step(1, {FIRST: first}))
+        if first + ROWS < size:
+            steps.append(work["_factor_below"].step(-(-(size - first) // ROWS) - 1, {FIRST: first}))
+    Program(steps).run(threads)
+    if failed[0]:
         return False
-    _invert(M, inverses)
-    _turn(M)
+    steps = []
+    for first in range(0, tiles, PANELS):
+        some = min(PANELS, tiles - first)
+        steps.append(work["_invert_panel"].step(some, {FIRST: first * ROWS}))
+        steps.append(work["_write_panel"].step(some, {FIRST: first * ROWS}))
+    steps.append(work["_mirror"].step(tiles, {}))
+    Program(steps).run(threads)
     return True
