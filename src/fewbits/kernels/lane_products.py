@@ -22,6 +22,8 @@ ROWS = 2 * LANES
 COLUMN_BYTES = 4 * ROWS
 # Columns whose sums fit the registers: 32 of 64 bytes, or 16 of 32 or 32 of 16 bytes.
 COLUMNS = 8 if llvm.get_host_cpu_features().get("avx512f") else 2
+# Of `right`, columns that are multiplied with every row before the next ones: they stay in the first-level cache.
+CACHED = 192
 
 
 @cache
@@ -72,22 +74,26 @@ _subtract_some, _subtract_single = add_lanes(COLUMNS, True), add_lanes(1, True)
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def add_products(matrix: Any, stride: Any, right: Any, count: Any, sums: Any, columns: Any) -> None:
     """sums += matrix · right, of addresses: fp32 [columns, count], rows `stride` bytes apart; columns [count, ROWS]."""
-    done = 0
-    while done + COLUMNS <= columns:
-        _add_some(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
-        done += COLUMNS
-    while done < columns:
-        _add_single(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
-        done += 1
+    for first in range(0, count, CACHED):
+        some, at, of = min(CACHED, count - first), matrix + 4 * first, right + first * COLUMN_BYTES
+        done = 0
+        while done + COLUMNS <= columns:
+            _add_some(at + done * stride, stride, of, some, sums + done * COLUMN_BYTES)
+            done += COLUMNS
+        while done < columns:
+            _add_single(at + done * stride, stride, of, some, sums + done * COLUMN_BYTES)
+            done += 1
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def subtract_products(matrix: Any, stride: Any, right: Any, count: Any, sums: Any, columns: Any) -> None:
     """sums −= matrix · right, like `add_products`."""
-    done = 0
-    while done + COLUMNS <= columns:
-        _subtract_some(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
-        done += COLUMNS
-    while done < columns:
-        _subtract_single(matrix + done * stride, stride, right, count, sums + done * COLUMN_BYTES)
-        done += 1
+    for first in range(0, count, CACHED):
+        some, at, of = min(CACHED, count - first), matrix + 4 * first, right + first * COLUMN_BYTES
+        done = 0
+        while done + COLUMNS <= columns:
+            _subtract_some(at + done * stride, stride, of, some, sums + done * COLUMN_BYTES)
+            done += COLUMNS
+        while done < columns:
+            _subtract_single(at + done * stride, stride, of, some, sums + done * COLUMN_BYTES)
+            done += 1
