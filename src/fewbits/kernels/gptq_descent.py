@@ -12,45 +12,37 @@ import numpy as np
 import torch
 from numba import njit
 
+from fewbits.kernels.lane_columns import descend_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, add_products, subtract_products
 from fewbits.kernels.threads import over_rows
 
+_descend_some, _descend_one = descend_columns(COLUMNS), descend_columns(1)
 # Columns whose gradients are computed together, and then kept up to date.
 BLOCK = 128
 
 
-@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _descend_block(
     H: Any, start: Any, stop: Any, scales: Any, top_code: Any, codes: Any, misses: Any, local: Any, steps: Any,
     gain: Any,
 ) -> None:  # fmt: skip
     """Choose the codes of columns start to stop anew, one after the other. scales: [columns, ROWS] of all columns."""
-    for first in range(start, stop, COLUMNS):
-        last = min(first + COLUMNS, stop)
-        moved = 0
-        for j in range(first, last):
-            curvature = H[j, j]
-            flat = np.float32(1.0) / curvature
-            step = steps[j - first]
-            for lane in range(ROWS):
-                pull, code, scale = local[j - start, lane], codes[j, lane], scales[j, lane]
-                wanted = code + np.rint(pull * flat * (np.float32(1.0) / scale))
-                wanted = np.float32(0.0) if wanted < np.float32(0.0) else wanted
-                wanted = top_code if wanted > top_code else wanted
-                delta = (wanted - code) * scale
-                codes[j, lane] = wanted
-                step[lane] = delta
-                gain[lane] += delta * (np.float32(2.0) * pull - delta * curvature)
-                misses[j, lane] -= delta
-                moved += delta != np.float32(0.0)
-            for k in range(j + 1, last):
-                push = H[j, k]
-                for lane in range(ROWS):
-                    local[k - start, lane] -= step[lane] * push
-        if moved > 0:
-            stride = np.int64(H.strides[0])
-            matrix, rest = H.ctypes.data + last * stride + 4 * first, local.ctypes.data + (last - start) * COLUMN_BYTES
-            subtract_products(matrix, stride, steps.ctypes.data, last - first, rest, stop - last)
+    stride = np.int64(H.strides[0])
+    first = start
+    while first < stop:
+        at = first * COLUMN_BYTES
+        pulls, block = local.ctypes.data + (first - start) * COLUMN_BYTES, H.ctypes.data + first * (stride + 4)
+        own_scales, own_codes, own_misses = scales.ctypes.data + at, codes.ctypes.data + at, misses.ctypes.data + at
+        taken, won = steps.ctypes.data, gain.ctypes.data
+        some = COLUMNS if first + COLUMNS <= stop else 1
+        if some == COLUMNS:
+            moved = _descend_some(pulls, block, stride, own_scales, own_codes, own_misses, taken, won, top_code)
+        else:
+            moved = _descend_one(pulls, block, stride, own_scales, own_codes, own_misses, taken, won, top_code)
+        if moved != 0:
+            matrix, rest = block + some * stride, pulls + some * COLUMN_BYTES
+            subtract_products(matrix, stride, taken, some, rest, stop - first - some)
+        first += some
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -66,16 +58,14 @@ def _descend(
         count = min(ROWS, rows - first)
         misses, chosen = np.zeros((width, ROWS), np.float32), np.zeros((width, ROWS), np.float32)
         wide = np.ones((width, ROWS), np.float32)
-        for lane in range(count):
-            for k in range(width):
-                channel = order[k]
-                scale = scales[first + lane, channel // group]
-                code = np.float32(codes[first + lane, channel])
+        for k in range(width):
+            channel = order[k]
+            number = channel // group
+            for lane in range(count):
+                scale, code = scales[first + lane, number], np.float32(codes[first + lane, channel])
                 wide[k, lane] = scale
                 chosen[k, lane] = code
-                misses[k, lane] = (
-                    W[first + lane, channel] - (code - np.float32(zeros[first + lane, channel // group])) * scale
-                )
+                misses[k, lane] = W[first + lane, channel] - (code - np.float32(zeros[first + lane, number])) * scale
         local, steps = np.empty((block, ROWS), np.float32), np.empty((COLUMNS, ROWS), np.float32)
         for _ in range(passes):
             for start in range(0, width, block):

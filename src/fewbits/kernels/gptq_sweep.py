@@ -15,6 +15,7 @@ import torch
 from numba import njit
 
 from fewbits.kernels.compiling import ROUNDING
+from fewbits.kernels.lane_columns import GRID_ROWS, HIGH, INVERSE, LOSS, LOW, SCALE, sweep_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
 from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
 from fewbits.kernels.threads import over_rows
@@ -22,8 +23,10 @@ from fewbits.schemes import Scheme
 from fewbits.search import Search
 
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-# What is known of a row's grid, a row of an array each.
-SCALE, LOW, HIGH, LOWEST, HIGHEST, WIDE, NARROW, LEAST, BEST, BEST_ZERO, LOSS, MISSED, INVERSE = range(13)
+# What is known of each row's group beyond its grid (lane_columns): the range, and the best grid so far.
+LOWEST, HIGHEST, WIDE, NARROW, LEAST, BEST, BEST_ZERO = range(GRID_ROWS, GRID_ROWS + 7)
+LANE_ROWS = GRID_ROWS + 7
+_sweep_some, _sweep_one = sweep_columns(COLUMNS), sweep_columns(1)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -34,34 +37,27 @@ def _push(factor: Any, first: Any, stop: Any, column: Any, count: Any, errors: A
     subtract_products(matrix, stride, errors, count, sums, stop - first)
 
 
-@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _sweep_group(local: Any, factor: Any, start: Any, lanes: Any, codes: Any, errors: Any) -> None:
     """Sweep columns [count, ROWS] that begin at column `start` with each row's grid; writes codes, errors and loss."""
-    count = len(local)
+    stride, count = np.int64(factor.strides[0]), len(local)
     for lane in range(ROWS):
         lanes[LOSS, lane] = np.float32(0.0)
         lanes[INVERSE, lane] = np.float32(1.0) / lanes[SCALE, lane]
-    for first in range(0, count, COLUMNS):
-        stop = min(first + COLUMNS, count)
-        for j in range(first, stop):
-            # Uᵀ lies there; its diagonal divides.
-            diagonal = np.float32(1.0) / factor[start + j, start + j]
-            for lane in range(ROWS):
-                w, scale = local[j, lane], lanes[SCALE, lane]
-                code = np.rint(w * lanes[INVERSE, lane])
-                code = lanes[LOW, lane] if code < lanes[LOW, lane] else code
-                code = lanes[HIGH, lane] if code > lanes[HIGH, lane] else code
-                miss = (w - code * scale) * diagonal
-                codes[j, lane] = code - lanes[LOW, lane]
-                errors[j, lane] = miss
-                lanes[MISSED, lane] = miss
-                lanes[LOSS, lane] += miss * miss
-            for k in range(j + 1, stop):
-                push = factor[start + k, start + j]
-                for lane in range(ROWS):
-                    local[k, lane] -= lanes[MISSED, lane] * push
-        pushed, rest = errors.ctypes.data + first * COLUMN_BYTES, local.ctypes.data + stop * COLUMN_BYTES
-        _push(factor, start + stop, start + count, start + first, stop - first, pushed, rest)
+    first = 0
+    while first < count:
+        # Uᵀ lies there.
+        block = factor.ctypes.data + (start + first) * (stride + 4)
+        own, coded = local.ctypes.data + first * COLUMN_BYTES, codes.ctypes.data + first * COLUMN_BYTES
+        missed = errors.ctypes.data + first * COLUMN_BYTES
+        some = COLUMNS if first + COLUMNS <= count else 1
+        if some == COLUMNS:
+            _sweep_some(own, block, stride, lanes.ctypes.data, coded, missed)
+        else:
+            _sweep_one(own, block, stride, lanes.ctypes.data, coded, missed)
+        rest = own + some * COLUMN_BYTES
+        _push(factor, start + first + some, start + count, start + first, some, missed, rest)
+        first += some
 
 
 @njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
@@ -144,7 +140,7 @@ def _sweep(
                 panel[k, lane] = W[first + lane, order[k]]
         local, errors = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
         chosen = np.empty((step, ROWS), np.float32)
-        lanes = np.ones((13, ROWS), np.float32)
+        lanes = np.ones((LANE_ROWS, ROWS), np.float32)
         for start in range(0, width, step):
             stop = min(start + step, width)
             number = order[start] // group

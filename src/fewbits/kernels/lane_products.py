@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.lanes import F32, I64, LANES, Sums, load, multiply_add, repeat, spread
+from fewbits.kernels.lanes import F32, I64, LANES, Sums, load, multiply_add, prefetch, repeat, spread
 
 # Rows that lie side by side, and bytes of a column of theirs.
 ROWS = 2 * LANES
@@ -55,6 +55,10 @@ def _add(
         both = [load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * half)), Sums.vector) for half in range(2)]
         both = [builder.fneg(half) for half in both] if negative else both
         shift = builder.mul(turn, ir.Constant(I64, 4))
+        # Lines of the rows that come next: a row begins on another page than the one before.
+        behind = builder.add(builder.and_(turn, ir.Constant(I64, columns - 1)), ir.Constant(I64, columns))
+        line = builder.add(builder.mul(stride, behind), builder.and_(shift, ir.Constant(I64, -64)))
+        prefetch(builder, builder.add(matrix, line))
         added: list[Any] = []
         for row in rows:
             number = spread(builder, load(builder, builder.add(row, shift), F32))
