@@ -22,6 +22,7 @@ from fewbits.convert import NonFiniteWeights, ShardWork
 from fewbits.errors import PlanError
 from fewbits.folded_layers import LayerSolver
 from fewbits.formats import FORMATS
+from fewbits.gelu import use_own_gelu
 from fewbits.kept_importance import KeptImportance
 from fewbits.kernels.rows import holds_nonfinite
 from fewbits.layers import LinearLayer
@@ -87,6 +88,7 @@ class CalibratedConversion:
             model = build_model(self.plan.source.path, getattr(torch, self.dtype))
             use_own_attention(model)
             use_own_norms(model)
+            use_own_gelu(model)
             skeleton = Skeleton(model, self.plan.source, reader, self.device)
             layers = [layer.layer for layer in self.plan.quantized if layer.layer.block is not None]
             kept = self._measured(skeleton, layers) if self.importance else None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from fewbits.fp32_products import fast_fp32
+from fewbits.kernels.lanes import HAS_BF16
 from fewbits.solvers.factorization import inverse_factor
 
 # Of the way to where the outputs would be the original's.
@@ -30,13 +31,18 @@ def drifted_targets(
         keep: False lets D be written over.
     """
     steps = torch.empty_like(W)
+    # Steps are small, and rounded to W's dtype in the end.
+    dtype = torch.bfloat16 if HAS_BF16 and W.dtype == torch.bfloat16 else torch.float32
     with fast_fp32():
+        drift = D.to(dtype)
         for rows in parts:
-            steps[rows] = W[rows].float() @ D
+            steps[rows] = W[rows].to(dtype) @ drift
+        del drift
         factor = inverse_factor(H, DAMPING, None if keep else D)
         if factor is None:
             return W
+        U = factor.U.to(dtype)
         for rows in parts:
-            step = (steps[rows].float() @ factor.U.T) @ factor.U
+            step = ((steps[rows].to(dtype) @ U.T) @ U).float()
             steps[rows] = step.mul_(SHARE).add_(W[rows])
     return steps
