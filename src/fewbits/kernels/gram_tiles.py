@@ -3,21 +3,24 @@
 Two rows at a time lie side by side as pairs, [tiles, pairs, TILE], which serves as either factor: 16 neighbouring
 channels are one vector, and a single channel is spread over all of another. A tile of STRIP × TILE sums stays in
 registers over all pairs. Only tiles on and above the diagonal are computed, each by one thread in one order.
+Packing and multiplying take turns in one program (kernels.team): waking threads costs more than a small step.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit
 
-from fewbits.kernels.compiling import as_bits, as_float, as_numpy
+from fewbits.kernels.compiling import as_bits, as_float
 from fewbits.kernels.lanes import HAS_BF16, LANES
+from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.packed_pairs import pack_pairs
 from fewbits.kernels.strips import STRIP, add_strip
-from fewbits.kernels.threads import over_rows
+from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
 
 # Channels of a tile, three vectors of 16.
 TILE = 48
@@ -25,9 +28,11 @@ TILE = 48
 ROWS = 512
 
 _add_strip = add_strip(TILE // LANES)
+# The fields of a block. ROOTS_AT is 0 where rows are not weighted.
+ROWS_AT, COUNT, WIDTH, ROOTS_AT, PACKED_AT, GRAM_AT, ABSMAX_AT, ABSOLUTE_AT = range(OWN, OWN + 8)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _multiply(packed: Any, gram: Any, first: Any, last: Any) -> None:
     """Tiles `first` to `last` of those on and above the diagonal, counted down the columns of tiles."""
     pairs, width = packed.shape[1], gram.shape[0]
@@ -56,11 +61,11 @@ def _multiply(packed: Any, gram: Any, first: Any, last: Any) -> None:
             row, column = 0, column + 1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _pack(rows: Any, roots: Any, packed: Any, absmax: Any, absolute: Any, first: Any, last: Any) -> None:
+@njit  # type: ignore[untyped-decorator]
+def _pack(rows: Any, roots_at: Any, packed: Any, absmax: Any, absolute: Any, first: Any, last: Any) -> None:
     """16 channels at a time, `first` to `last`, with the largest magnitude and the sum of magnitudes of each."""
     count, width = rows.shape
-    pairs, weighted = packed.shape[1], len(roots) > 0
+    pairs = packed.shape[1]
     edge = np.zeros((2 * pairs, LANES), np.uint16)
     largest, total = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for vector in range(first, last):
@@ -80,12 +85,39 @@ def _pack(rows: Any, roots: Any, packed: Any, absmax: Any, absolute: Any, first:
                 for lane in range(lanes):
                     edge[t, lane] = rows[t, begin + lane]
             source, step = edge.ctypes.data, 2 * LANES
-        at = roots.ctypes.data if weighted else np.int64(0)
-        pack_pairs(source, step, at, pairs, out, 4 * TILE, largest.ctypes.data, total.ctypes.data)
+        pack_pairs(source, step, roots_at, pairs, out, 4 * TILE, largest.ctypes.data, total.ctypes.data)
         for lane in range(lanes):
             # As bits, so that NaN counts as the largest.
             absmax[begin + lane] = as_float(max(as_bits(absmax[begin + lane]), as_bits(largest[lane])))
             absolute[begin + lane] += total[lane]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _packed(block: Any) -> Any:
+    tiles, pairs = (block[WIDTH] + TILE - 1) // TILE, (block[COUNT] + 1) // 2
+    return carray(pointer_to(block[PACKED_AT]), (tiles, pairs, TILE), np.uint32)
+
+
+def _pack_step(address: Any, start: Any, stop: Any) -> None:
+    """Vectors of 16 channels; a vector is a row of the step."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    width = block[WIDTH]
+    rows = carray(pointer_to(block[ROWS_AT]), (block[COUNT], width), np.uint16)
+    absmax = carray(pointer_to(block[ABSMAX_AT]), (width,), np.float32)
+    absolute = carray(pointer_to(block[ABSOLUTE_AT]), (width,), np.float64)
+    _pack(rows, block[ROOTS_AT], _packed(block), absmax, absolute, start, stop)
+
+
+def _multiply_step(address: Any, start: Any, stop: Any) -> None:
+    """Tiles on and above the diagonal; a tile is a row of the step."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    gram = carray(pointer_to(block[GRAM_AT]), (block[WIDTH], block[WIDTH]), np.float32)
+    _multiply(_packed(block), gram, start, stop)
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
+    return compiled_work(_pack_step), compiled_work(_multiply_step)
 
 
 def fits(inputs: torch.Tensor) -> bool:
@@ -103,33 +135,31 @@ class GramTiles:
             gram: fp32 [width, width], of which tiles on and above the diagonal are added to.
             absmax, absolute: fp32 and fp64 [width], the largest and the sum of the magnitudes by channel.
         """
-        self._gram, self._absmax, self._absolute = gram.numpy(), absmax.numpy(), absolute.numpy()
+        self._kept = gram, absmax, absolute
         self._tiles = -(-len(gram) // TILE)
         self._packed = np.empty(0, np.uint32)
+        fixed = {
+            WIDTH: len(gram), GRAM_AT: gram.data_ptr(), ABSMAX_AT: absmax.data_ptr(), ABSOLUTE_AT: absolute.data_ptr(),
+        }  # fmt: skip
+        self._pack, self._multiply = (Work(work, fixed) for work in _compiled())
 
     def add(self, rows: torch.Tensor, roots: torch.Tensor | None) -> None:
         """Add rows, bf16 [count, width], each times its root and then rounded to bf16 again."""
-        bits = as_numpy(rows.contiguous())
-        scales = np.empty(0, np.float32)
+        rows = rows.contiguous()
         if roots is not None:
             # One more, which a last row without a partner is paired with.
-            scales = np.zeros(len(bits) + 1, np.float32)
-            scales[:-1] = roots.numpy()
-        for start in range(0, len(bits), ROWS):
-            part = bits[start : start + ROWS]
-            self._add(part, scales[start : start + ROWS + 1])
-
-    def _add(self, part: Any, roots: Any) -> None:
-        pairs = -(-len(part) // 2)
-        size = self._tiles * pairs * TILE
+            roots = torch.cat([roots, roots.new_zeros(1)])
+        count, width = rows.shape
+        size = self._tiles * TILE * -(-min(ROWS, count) // 2)
         if len(self._packed) < size:
             self._packed = np.empty(size, np.uint32)
-        packed = self._packed[:size].reshape(self._tiles, pairs, TILE)
-        over_rows(
-            self._tiles * (TILE // LANES), len(part) * LANES,
-            lambda first, last: _pack(part, roots, packed, self._absmax, self._absolute, first, last),
-        )  # fmt: skip
-        over_rows(
-            self._tiles * (self._tiles + 1) // 2, len(part) * TILE,
-            lambda first, last: _multiply(packed, self._gram, first, last),
-        )  # fmt: skip
+        steps = []
+        for start in range(0, count, ROWS):
+            fields = {
+                ROWS_AT: rows.data_ptr() + 2 * start * width, COUNT: min(ROWS, count - start),
+                ROOTS_AT: 0 if roots is None else roots.data_ptr() + 4 * start, PACKED_AT: self._packed.ctypes.data,
+            }  # fmt: skip
+            steps.append(self._pack.step(self._tiles * (TILE // LANES), fields))
+            steps.append(self._multiply.step(self._tiles * (self._tiles + 1) // 2, fields))
+        if steps:
+            Program(steps).run(team_size(count * width * width))
