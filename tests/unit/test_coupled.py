@@ -51,11 +51,16 @@ def naive(W: np.ndarray, G: np.ndarray, rows: int) -> np.ndarray:
     return decoded
 
 
+def rounded_and_missed(rows: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+    grid = rounded(rows)
+    return grid, rows - decode_codes(*grid, SCHEME)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_it_is_the_loop_that_inverts_again_for_every_step(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(coupled, "ROWS", rows)
     W, couplings = weight(36), [spread(1, 24, 96), spread(2, 12, 96)]
-    found = decode_codes(*solve_in_turn(W, couplings, coupled.DAMPING, SCHEME, rounded), SCHEME)
+    found = decode_codes(*solve_in_turn(W, couplings, coupled.DAMPING, rounded_and_missed), SCHEME)
     pairs = zip(W.split([24, 12]), couplings, strict=True)
     parts = [naive(part.double().numpy(), G.double().numpy(), rows) for part, G in pairs]
     expected = torch.from_numpy(np.concatenate(parts)).float()

@@ -115,9 +115,10 @@ def test_descent_tells_exactly_what_it_gained_and_ends_where_no_single_change_he
         return loss_of(W, (codes.float() - 8) * wide, H)
 
     before = loss()
-    gained = descend_rows(W, order, H[order][:, order], span, 50, 15, scales, zeros, codes)
+    gained, missed = descend_rows(W, order, H[order][:, order], span, 50, 15, scales, zeros, codes)
     after = loss()
     torch.testing.assert_close(before - after, gained, rtol=1e-3, atol=1e-4 * float(before.max()))
+    torch.testing.assert_close(missed, W - (codes.float() - 8) * wide, rtol=0, atol=1e-5)
     for j in range(columns):
         for change in (-1, 1):
             allowed = (codes[:, j].int() + change >= 0) & (codes[:, j].int() + change <= 15)

@@ -48,7 +48,7 @@ def _descend_block(
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _descend(
     W: Any, order: Any, H: Any, group: Any, block: Any, passes: Any, top_code: Any, scales: Any, zeros: Any, codes: Any,
-    gained: Any, begin: Any, end: Any,
+    missed: Any, gained: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
     """Descend in runs of ROWS rows, those numbered begin to end."""
     rows, width = W.shape
@@ -80,6 +80,7 @@ def _descend(
         for lane in range(count):
             for k in range(width):
                 codes[first + lane, order[k]] = np.uint8(np.int32(chosen[k, lane]))
+                missed[first + lane, order[k]] = misses[k, lane]
 
 
 def descend_rows(
@@ -92,7 +93,7 @@ def descend_rows(
     scales: torch.Tensor,
     zeros: torch.Tensor,
     codes: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Re-round each column in turn, given all others, as often as there are passes.
 
     Args:
@@ -101,12 +102,12 @@ def descend_rows(
         codes: uint8 [N, K]; changed in place.
 
     Returns:
-        By how much each row's loss fell, fp64 [N].
+        By how much each row's loss fell, fp64 [N], and W − Ŵ, fp32 [N, K].
     """
-    gained = torch.zeros(len(W), dtype=torch.float64)
+    gained, missed = torch.zeros(len(W), dtype=torch.float64), torch.empty(W.shape)
     given = (
         W.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), group, BLOCK, passes, np.float32(largest_code),
-        scales.numpy(), zeros.numpy(), codes.numpy(), gained.numpy(),
+        scales.numpy(), zeros.numpy(), codes.numpy(), missed.numpy(), gained.numpy(),
     )  # fmt: skip
     over_rows(-(-len(W) // ROWS), ROWS * W.shape[1] ** 2, lambda begin, end: _descend(*given, begin, end))
-    return gained
+    return gained, missed

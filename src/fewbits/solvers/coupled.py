@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fewbits.fp32_products import fast_fp32
-from fewbits.packing import decode_codes
-from fewbits.schemes import Scheme
 from fewbits.solvers.factorization import inverse_factor
 from fewbits.solvers.solution import Grid
 
@@ -55,15 +53,14 @@ def solve_in_turn(
     W: torch.Tensor,
     couplings: Sequence[torch.Tensor],
     damping: float,
-    scheme: Scheme,
-    solve_rows: Callable[[torch.Tensor], Grid],
+    solve_rows: Callable[[torch.Tensor], tuple[Grid, torch.Tensor]],
 ) -> Grid:
     """Solve the rows of W [N, K].
 
     Args:
         couplings: G of runs of neighbouring rows that make up all rows, fp32 [rows, rows] each.
         damping: share of G's mean diagonal that is added to it.
-        solve_rows: the codes of some rows fp32 [n, K], each solved on its own.
+        solve_rows: the codes of some rows fp32 [n, K], each solved on its own, and what they miss of them.
     """
     coupled: list[_Coupled] = []
     first = 0
@@ -74,13 +71,12 @@ def solve_in_turn(
     for begin in range(0, max(len(each.places) for each in coupled), ROWS):
         present = [each for each in coupled if len(each.places) > begin]
         targets = torch.cat([each.targets(begin) for each in present])
-        solved = solve_rows(targets)
+        solved, missed = solve_rows(targets)
         places = torch.cat([each.places[begin : begin + ROWS] for each in present])
         grid = _room(solved, len(W)) if grid is None else grid
         for part, some in zip(grid, solved, strict=True):
             if part is not None and some is not None:
                 part[places] = some
-        missed = targets.sub_(decode_codes(*solved, scheme))
         for each, rows in zip(
             present, torch.split(missed, [len(each.targets(begin)) for each in present]), strict=True
         ):

@@ -11,8 +11,8 @@ from fewbits.solvers.solution import Grid
 
 def descend(
     W: torch.Tensor, solved: Grid, H: torch.Tensor, order: torch.Tensor, scheme: Scheme, passes: int
-) -> torch.Tensor:
-    """Choose each code anew, in place, given all others; says by how much each row's loss by H fell, fp64 [N].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each code anew, in place, given all others; how much each row's loss by H fell, fp64 [N], and W − Ŵ.
 
     Args:
         H: damped, its channels in `order`.

@@ -66,7 +66,7 @@ def solve(
             [solver.solution(W[part].float(), None if target is None else target[part].float()) for part in parts]
         )
     aim = W if target is None else target
-    grid = solve_in_turn(aim, couplings, options.coupling_damping, scheme, solver.choose_few)
+    grid = solve_in_turn(aim, couplings, options.coupling_damping, solver.choose_few)
     return joined([solver.judged(W[part].float(), part_of(grid, part)) for part in parts])
 
 

@@ -58,17 +58,19 @@ class RowSolver:
         if self._factor is None:
             return self.judged(W, self._rounded(W))
         aim = W if target is None else target
-        solved, loss = self._compensated(aim, self._factor)
+        solved, loss, _ = self._compensated(aim, self._factor)
         known = not self._restore_worse_rows(aim, solved) and self._can_descend and target is None
         return self.judged(W, solved, loss if known else None)
 
-    def choose_few(self, W: torch.Tensor) -> Grid:
-        """Codes of so few rows that looking at some of them costs; from 4 bits on none came out worse than rounded."""
+    def choose_few(self, W: torch.Tensor) -> tuple[Grid, torch.Tensor]:
+        """Codes of a few rows, and what they miss of W, fp32 [n, K].
+
+        So few that looking at some of them costs; from 4 bits on none came out worse than rounded.
+        """
         assert self._factor is not None
-        solved, _ = self._compensated(W, self._factor)
-        if self._scheme.bits < 4:
-            self._restore_worse_rows(W, solved)
-        return solved
+        solved, _, missed = self._compensated(W, self._factor)
+        restored = self._scheme.bits < 4 and self._restore_worse_rows(W, solved)
+        return solved, W - decode_codes(*solved, self._scheme) if missed is None or restored else missed
 
     def judged(self, W: torch.Tensor, solved: Grid, loss: torch.Tensor | None = None) -> Solution:
         """The solution with what it lost. loss: of each row by the damped H, fp64 [n], if it is known."""
@@ -83,12 +85,14 @@ class RowSolver:
             notes=self._notes,
         )  # fmt: skip
 
-    def _compensated(self, W: torch.Tensor, factor: Factor) -> tuple[Grid, torch.Tensor]:
+    def _compensated(self, W: torch.Tensor, factor: Factor) -> tuple[Grid, torch.Tensor, torch.Tensor | None]:
+        """Codes, each row's loss, and W − Ŵ where it is known."""
         scheme, options = self._scheme, self._options
         solved, loss = sweep(W, factor.U, self._order, self._living, scheme, self._scale_dtype, options)
-        if self._can_descend:
-            loss -= descend(W, solved, self._turned, self._order, scheme, options.passes)
-        return solved, loss
+        if not self._can_descend or options.passes == 0:
+            return solved, loss, None
+        gained, missed = descend(W, solved, self._turned, self._order, scheme, options.passes)
+        return solved, loss - gained, missed
 
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
         """The diagonal of rows · H · rowsᵀ, fp64 [n]."""
