@@ -9,7 +9,7 @@ multiplied on the way back, and on the way forward a tile of logits is enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fewbits.allocator import kept_memory
 from fewbits.drawn import LABELS, Drawn, uniforms
+from fewbits.errors import CalibrationError
 from fewbits.pass_memory import LOGITS
 from fewbits.skeleton import Skeleton
 
@@ -90,15 +91,12 @@ class DrawnHead:
         return self._skeleton.head(hidden[None], output_type, product)[0]
 
     def _of_tiles(self, hidden: torch.Tensor, first_token: int, output_type: type) -> torch.Tensor:
-        drawn = Drawn.of(len(hidden), hidden.device)
-        for first, logits in self._tiles(hidden, output_type):
-            drawn.see(logits, first, uniforms(self._seed, first_token, len(hidden), first))
-        self.loss += drawn.loss
+        labels = self._draw(self._tiles(hidden, output_type), hidden, first_token)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), GATHERED):
             rows = hidden[start : start + GATHERED].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._logits_of(rows, drawn.labels[start : start + GATHERED], output_type)
+                logits = self._logits_of(rows, labels[start : start + GATHERED], output_type)
             pull = self._shares.to(logits).expand_as(logits)
             (gradient[start : start + GATHERED],) = torch.autograd.grad(logits, rows, pull)
         return gradient
@@ -107,9 +105,20 @@ class DrawnHead:
         with torch.enable_grad():
             rows = hidden.detach().requires_grad_()
             logits = self._skeleton.head(rows[None], output_type)[0]
-        drawn = Drawn.of(len(hidden), hidden.device)
-        drawn.see(logits.detach(), 0, uniforms(self._seed, first_token, len(hidden), 0))
-        self.loss += drawn.loss
-        shares = self._shares.to(logits).expand(len(rows), LABELS)
-        pull = torch.zeros_like(logits).scatter_add_(-1, drawn.labels, shares)
+        labels = self._draw([(0, logits.detach())], hidden, first_token)
+        pull = torch.zeros_like(logits).scatter_add_(-1, labels, self._shares.to(logits).expand(labels.shape))
         return torch.autograd.grad(logits, rows, pull)[0]
+
+    def _draw(self, tiles: Iterable[tuple[int, torch.Tensor]], hidden: torch.Tensor, first_token: int) -> torch.Tensor:
+        """Labels [tokens, LABELS] from tiles of logits."""
+        drawn = Drawn.of(len(hidden), hidden.device)
+        for first, logits in tiles:
+            drawn.see(logits, first, uniforms(self._seed, first_token, len(hidden), first))
+        if not math.isfinite(drawn.loss):
+            # The gradient would not tell: it looks at the logits of the labels alone.
+            raise CalibrationError(
+                "The model's predictions for some token of the calibration text are NaN or infinite.",
+                "calibrate without them: --importance none",
+            )
+        self.loss += drawn.loss
+        return drawn.labels

@@ -154,8 +154,8 @@ class Skeleton:
             return logits
         finally:
             del decoder.forward
-            if linear is not None:
-                vars(linear).pop("forward", None)
+            if product is not None and linear is not None:
+                del cast(Any, linear).forward
 
     @property
     def head_linear(self) -> nn.Linear | None:

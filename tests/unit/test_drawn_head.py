@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from fewbits import drawn_head
 from fewbits.drawn import LABELS, uniforms
 from fewbits.drawn_head import DrawnHead
+from fewbits.errors import CalibrationError
 from fewbits.skeleton import Skeleton
 from test_calibrated_pass import skeleton_of
 from tiny_transformers import save_tiny
@@ -98,6 +99,26 @@ def test_gradients_have_the_fisher_information_of_the_predictions(skeleton: Skel
     found = DrawnHead(skeleton, 0).gradient(hidden.expand(repeated, -1), 0, BaseModelOutputWithPast).double()
     assert float((found.T @ found / repeated - exact).norm() / exact.norm()) < 0.05
     assert float(found.mean(0).norm()) < 5 * float((exact.trace() / repeated).sqrt())
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_predictions_that_are_no_numbers_are_an_error(
+    skeleton: Skeleton, cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = skeleton.head
+
+    def overflowing(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        logits = plain(hidden, *args).clone()
+        # Of the second token; the first is the one that the head is tried on.
+        logits[:, 1:2, 3] = float("inf")
+        return logits if cut else logits - logits.mean(-1, keepdim=True) * 2
+
+    monkeypatch.setattr(drawn_head, "TILE", 7)
+    monkeypatch.setattr(skeleton, "head", overflowing)
+    head = DrawnHead(skeleton, 3)
+    with pytest.raises(CalibrationError, match="predictions for some token"):
+        head.gradient(hidden_of(skeleton, 5), 0, BaseModelOutputWithPast)
+    assert head._in_tiles == cut
 
 
 def test_gradients_do_not_depend_on_how_tokens_are_grouped(skeleton: Skeleton) -> None:

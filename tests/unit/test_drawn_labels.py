@@ -26,7 +26,7 @@ def drawn(logits: torch.Tensor, tile: int, seed: int = 0) -> Drawn:
 
 @BOTH
 @pytest.mark.parametrize(("vocabulary", "tile"), [(1, 4), (31, 31), (33, 32), (1000, 300), (4096, 4096)])
-def test_labels_of_one_tile_are_those_of_the_distribution_function(
+def test_labels_are_those_of_the_distribution_function_and_come_with_their_logits(
     vocabulary: int, tile: int, dtype: torch.dtype
 ) -> None:
     logits = (4 * torch.randn(300, vocabulary, generator=torch.Generator().manual_seed(vocabulary))).to(dtype)
