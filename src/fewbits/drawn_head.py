@@ -9,7 +9,7 @@ multiplied on the way back, and on the way forward a tile of logits is enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -19,12 +19,16 @@ from fewbits.allocator import kept_memory
 from fewbits.drawn import LABELS, Drawn, uniforms
 from fewbits.errors import CalibrationError
 from fewbits.pass_memory import LOGITS
+from fewbits.rounded_head import TRIED, fits, is_close, rounded_product
 from fewbits.skeleton import Skeleton
 
-# Logits of a token in a tile. With the tokens of a micro-batch they fill 16 MB, for which products are the fastest.
-TILE = 4096
+# Logits of a token in a tile. With the tokens of a micro-batch they fill 16 MB, for which products are the fastest;
+# as a power of two, rows of logits would fall on the same lines of a cache.
+TILE = 4032
 # Tokens whose labels' rows of the head are gathered at a time.
 GATHERED = 256
+# (hidden states, rows of the head, their bias) → logits
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class DrawnHead:
@@ -33,6 +37,7 @@ class DrawnHead:
     def __init__(self, skeleton: Skeleton, seed: int) -> None:
         self._skeleton, self._seed = skeleton, seed
         self._in_tiles: bool | None = None
+        self._product: Product = functional.linear
         self.loss = 0.0
         self._shares = torch.full((LABELS,), 1.0 / (LABELS - 1))
         self._shares[0] = -1.0
@@ -41,6 +46,8 @@ class DrawnHead:
         """The gradient by last hidden states [tokens, width], those from `first_token` on; `loss` grows by theirs."""
         if self._in_tiles is None:
             self._in_tiles = self._can_be_cut(hidden[:1], output_type)
+            if self._in_tiles and self._bears_rounding(hidden, output_type):
+                self._product = rounded_product
         gradient = torch.empty_like(hidden)
         step = max(1, LOGITS // (TILE if self._in_tiles else self._skeleton.vocabulary))
         # What outlives the loop is made outside: within, large blocks come from the heap, and leave it with holes.
@@ -69,15 +76,29 @@ class DrawnHead:
             and torch.allclose(whole.float().gather(-1, columns), some.float(), rtol=0, atol=bound)
         )
 
-    def _tiles(self, hidden: torch.Tensor, output_type: type) -> Iterator[tuple[int, torch.Tensor]]:
+    def _bears_rounding(self, hidden: torch.Tensor, output_type: type) -> bool:
+        """Whether labels may be drawn from logits whose factors are rounded, by some of the tokens."""
+        linear = self._skeleton.head_linear
+        if linear is None or not fits(linear.weight):
+            return False
+        some = hidden[torch.linspace(0, len(hidden) - 1, TRIED).long()]
+        exact, rounded = (
+            torch.cat([tile for _, tile in self._tiles(some, output_type, product)], -1)
+            for product in (functional.linear, rounded_product)
+        )
+        return is_close(exact, rounded)
+
+    def _tiles(
+        self, hidden: torch.Tensor, output_type: type, product: Product = functional.linear
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """Logits [tokens, up to TILE] with the column that they begin at."""
         linear = self._skeleton.head_linear
         assert linear is not None
         weight, bias = linear.weight, linear.bias
         for first in range(0, len(weight), TILE):
             rows = slice(first, first + TILE)
-            product = partial(functional.linear, weight=weight[rows], bias=None if bias is None else bias[rows])
-            yield first, self._skeleton.head(hidden[None], output_type, product)[0]
+            part = partial(product, weight=weight[rows], bias=None if bias is None else bias[rows])
+            yield first, self._skeleton.head(hidden[None], output_type, part)[0]
 
     def _logits_of(self, hidden: torch.Tensor, labels: torch.Tensor, output_type: type) -> torch.Tensor:
         """Logits of labels [tokens, LABELS]."""
@@ -91,7 +112,7 @@ class DrawnHead:
         return self._skeleton.head(hidden[None], output_type, product)[0]
 
     def _of_tiles(self, hidden: torch.Tensor, first_token: int, output_type: type) -> torch.Tensor:
-        labels = self._draw(self._tiles(hidden, output_type), hidden, first_token)
+        labels = self._draw(self._tiles(hidden, output_type, self._product), hidden, first_token)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), GATHERED):
             rows = hidden[start : start + GATHERED].detach().requires_grad_()
