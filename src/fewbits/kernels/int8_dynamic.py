@@ -13,7 +13,7 @@ from fewbits.schemes import Scheme
 MOST_TOKENS_SMALL, MOST_TOKENS, SMALL = 8, 2, 2**22
 # Above so many weights, oneDNN's copy of them, laid out for the processor, comes from memory faster. All measured in
 # bench/linear.py.
-MOST_WEIGHTS = 2**21
+MOST_WEIGHTS = 2**22
 # 127 · 127 · this many products stay below 2^24, where fp32 sums of integers are exact.
 EXACT_IN_FP32 = 1024
 

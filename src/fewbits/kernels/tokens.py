@@ -7,10 +7,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
 from fewbits.kernels.compiling import as_bits, as_float
 from fewbits.kernels.decoders import BLOCK, BY_FOURS, NATURAL
+from fewbits.kernels.lanes import I8, I64, LANES, IntSums, Sums, call, load, repeat, splat, spread
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
@@ -20,6 +23,8 @@ X_AT, X_KIND, COLUMNS, OUT_AT, SCALES_AT, TO_FP8, GROUPS, SUMS_AT, ORDER, PARTS 
 SMALLEST = np.finfo(np.float32).tiny
 NOT_FINITE = np.uint32(0x7F800000)
 TWO_TO_14 = np.float32(16384.0)
+# Between these scales fp32 holds what a quotient leaves.
+LEAST, MOST = np.float32(2.0**-90), np.float32(2.0**90)
 SUMS = {"reassoc", "nsz", "contract"}
 
 
@@ -52,9 +57,43 @@ def _scale(row: Any, limit: Any) -> Any:
     return max(as_float(largest), SMALLEST) / limit
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _vectors_of_codes(typing_context: Any, row: Any, codes: Any, vectors: Any, scale: Any, inverse: Any) -> Any:
+    """Codes + 128 of vectors of 16 fp32 numbers at an address, none beyond 127 scales, to bytes at another.
+
+    A product with the reciprocal, corrected by what it leaves, is the quotient, rounded as a division rounds it, in
+    a fraction of the time (Markstein 1990, theorem 7).
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, codes, vectors, scale, inverse = arguments
+        divisor, factor = spread(builder, builder.fneg(scale)), spread(builder, inverse)
+
+        def fused(*factors: Any) -> Any:
+            return call(builder, "llvm.fma.v16f32", Sums.vector, list(factors))
+
+        def body(turn: Any, carried: list[Any]) -> list[Any]:
+            x = load(builder, builder.add(row, builder.mul(turn, ir.Constant(I64, 4 * LANES))), Sums.vector)
+            near = builder.fmul(x, factor)
+            quotient = fused(fused(near, divisor, x), factor, near)
+            nearest = builder.fptosi(call(builder, "llvm.rint.v16f32", Sums.vector, [quotient]), IntSums.vector)
+            raised = builder.trunc(builder.add(nearest, splat(IntSums.vector, 128)), ir.VectorType(I8, LANES))
+            place = builder.add(codes, builder.mul(turn, ir.Constant(I64, LANES)))
+            builder.store(raised, builder.inttoptr(place, raised.type.as_pointer()), align=1)
+            return []
+
+        repeat(builder, vectors, [], body)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64, types.float32, types.float32), generate
+
+
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _int8_codes(row: Any, scale: Any, codes: Any) -> None:
-    for k in range(row.size):
+    vectors = row.size // LANES if LEAST < scale < MOST else 0
+    if vectors:
+        _vectors_of_codes(row.ctypes.data, codes.ctypes.data, vectors, scale, np.float32(1.0) / scale)
+    for k in range(vectors * LANES, row.size):
         code = np.rint(row[k] / scale)
         code = np.float32(-127.0) if code < np.float32(-127.0) else code
         code = np.float32(127.0) if code > np.float32(127.0) else code
