@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fewbits.allocator import return_free_memory
+from fewbits.allocator import return_free_memory, returned_blocks
 from fewbits.block_folds import Folding, find_block_folds, refusal_notes
 from fewbits.drift import DriftAccumulator
 from fewbits.errors import CalibrationError
@@ -312,10 +312,11 @@ class BlockRun:
         before = time.perf_counter()
         places = [(slot, part) for slot in group.slots for part in self._parts[slot.parameter, slot.expert]]
         weights = [self._stored(slot, part).cpu() for slot, part in places]
-        if group.place is not None and group.sample is not None and self._folding is not None:
-            solved = self._folding.solve(layers, weights, statistics, group.place, group.sample.rows)
-        else:
-            solved = self._solve(layers, weights, statistics)
+        with returned_blocks():
+            if group.place is not None and group.sample is not None and self._folding is not None:
+                solved = self._folding.solve(layers, weights, statistics, group.place, group.sample.rows)
+            else:
+                solved = self._solve(layers, weights, statistics)
         for (slot, part), weight in zip(places, solved, strict=True):
             if weight is not None:
                 rows = self._rows(slot, part)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fewbits.allocator import map_large_blocks, return_free_memory
+from fewbits.allocator import keep_blocks, return_free_memory
 from fewbits.attention import use_own_attention
 from fewbits.block_run import Timings
 from fewbits.calibrate import BlockDone, bytes_in_flight, run_blocks
@@ -77,7 +77,7 @@ class CalibratedConversion:
         todo = sorted(block for block, work in blocks.items() if work.number in missing)
         if not todo:
             return
-        map_large_blocks()
+        keep_blocks()
         self._planned = {layer.name: layer for layer in self.plan.quantized}
         methods = {layer.name: layer.method for layer in self.plan.quantized}
         self._coupled = frozenset(name for name, method in methods.items() if method and method.solver_name == "gptq")

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from fewbits.allocator import kept_memory
 from fewbits.drawn import LABELS, Drawn, uniforms
 from fewbits.errors import CalibrationError
 from fewbits.pass_memory import LOGITS
@@ -50,12 +49,9 @@ class DrawnHead:
                 self._product = rounded_product
         gradient = torch.empty_like(hidden)
         step = max(1, LOGITS // (TILE if self._in_tiles else self._skeleton.vocabulary))
-        # What outlives the loop is made outside: within, large blocks come from the heap, and leave it with holes.
-        with kept_memory():
-            for start in range(0, len(hidden), step):
-                rows = hidden[start : start + step]
-                one = self._of_tiles if self._in_tiles else self._of_all
-                gradient[start : start + step] = one(rows, first_token + start, output_type)
+        one = self._of_tiles if self._in_tiles else self._of_all
+        for start in range(0, len(hidden), step):
+            gradient[start : start + step] = one(hidden[start : start + step], first_token + start, output_type)
         return gradient.mul_(math.sqrt(1 - 1 / LABELS))
 
     def _can_be_cut(self, hidden: torch.Tensor, output_type: type) -> bool:

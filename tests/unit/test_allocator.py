@@ -1,4 +1,4 @@
-"""Large blocks go back to the system at once, or behind a loop that wants them kept."""
+"""Blocks are kept for what comes next, or go back to the system at once."""
 
 from __future__ import annotations
 
@@ -8,56 +8,64 @@ import sys
 
 import pytest
 
-FREED = """
-import torch
-from fewbits.allocator import map_large_blocks
-
-def resident():
-    return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
-
-assert map_large_blocks()
-# The first free of a block this large would make glibc keep later ones.
-torch.ones(3 << 20)
-blocks = [torch.ones(3 << 20) for _ in range(16)]
-last = torch.ones(3 << 20)
-before = resident()
-del blocks
-print(before - resident())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_blocks_freed_below_one_that_lives_are_not_kept() -> None:
-    freed_mib = int(subprocess.run([sys.executable, "-c", FREED], check=True, capture_output=True, text=True).stdout)
-    assert freed_mib > 150
-
-
-KEPT = """
+ONLY_GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+MEASURES = """
 import resource, torch
-from fewbits.allocator import kept_memory, map_large_blocks
+from fewbits.allocator import keep_blocks, return_free_memory, returned_blocks
 
 def resident():
     return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+def freed():
+    # 16 blocks of 12 MB, behind which another one lives on.
+    blocks = [torch.ones(3 << 20) for _ in range(16)]
+    last = torch.ones(3 << 20)
+    before = resident()
+    del blocks
+    return before - resident()
 
 def faults():
+    # 16 MB of results, ten times.
+    rows, columns = torch.randn(64, 128), torch.zeros(128, 1 << 16)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    rows = torch.randn(64, 128)
     for _ in range(10):
-        (rows @ rows.new_zeros(128, 1 << 16)).softmax(-1)
+        (rows @ columns).softmax(-1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-map_large_blocks()
-mapped = faults()
-before = resident()
-with kept_memory():
-    kept = faults()
-print(mapped, kept, resident() - before)
+assert keep_blocks()
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_blocks_are_used_again_and_handed_back_at_the_end() -> None:
-    printed = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True).stdout
-    mapped, kept, left_mib = map(int, printed.split())
-    assert kept < mapped / 2
-    assert left_mib < 40
+def printed(script: str) -> list[int]:
+    run = subprocess.run([sys.executable, "-c", MEASURES + script], check=True, capture_output=True, text=True)
+    return [int(number) for number in run.stdout.split()]
+
+
+@ONLY_GLIBC
+def test_blocks_freed_below_one_that_lives_are_returned_where_asked() -> None:
+    kept_mib, returned_mib, again_mib = printed(
+        """
+print(freed())
+return_free_memory()
+with returned_blocks():
+    print(freed())
+print(freed())
+"""
+    )
+    assert returned_mib > 150
+    assert kept_mib < 50 and again_mib < 50
+
+
+@ONLY_GLIBC
+def test_kept_blocks_are_used_again() -> None:
+    (kept,) = printed("faults(); print(faults())")
+    (returned,) = printed(
+        """
+with returned_blocks():
+    faults()
+    print(faults())
+"""
+    )
+    # Two results of 16 MB, ten times, in pages of 4 KB.
+    assert returned > 10 * 2 * 16 * 256 / 2
+    assert kept < returned / 4

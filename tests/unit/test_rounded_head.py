@@ -1,4 +1,4 @@
-"""Labels drawn from logits whose factors are rounded to int8: exact sums of integers, and only where predictions bear it."""
+"""Logits whose factors are rounded to int8: exact sums of integers, and only where predictions bear it."""
 
 from __future__ import annotations
 
