@@ -1,7 +1,7 @@
 """The C library's allocator, told which blocks to keep for what comes next and which to hand back to the system.
 
 The system takes 1.1 µs to give out a page, longer than a processor needs to multiply what it will hold: 2048 tokens of
-2048 channels are 2048 pages. glibc itself maps blocks from a size on that it raises up to 32 MB as such blocks are freed.
+2048 channels are 2048 pages. glibc itself maps blocks from a size on that it raises as such blocks are freed, to 32 MB.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 
 import torch
 from torch.nn import functional
@@ -92,8 +91,10 @@ class DrawnHead:
         assert linear is not None
         weight, bias = linear.weight, linear.bias
         for first in range(0, len(weight), TILE):
-            rows = slice(first, first + TILE)
-            part = partial(product, weight=weight[rows], bias=None if bias is None else bias[rows])
+
+            def part(x: torch.Tensor, rows: slice = slice(first, first + TILE)) -> torch.Tensor:
+                return product(x, weight[rows], None if bias is None else bias[rows])
+
             yield first, self._skeleton.head(hidden[None], output_type, part)[0]
 
     def _logits_of(self, hidden: torch.Tensor, labels: torch.Tensor, output_type: type) -> torch.Tensor:

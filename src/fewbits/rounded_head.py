@@ -31,7 +31,7 @@ def rounded_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """x · weightᵀ + bias [..., rows] of bf16 x [..., in] and weight [rows, in]."""
     codes, scales = int8_tokens(weight)
     rounded = LinearWeight((codes ^ 128).view(torch.int8), scales, None, (len(weight), weight.shape[1]), _SCHEME)
-    return ByteTiles(rounded, bias)(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    return ByteTiles(rounded, bias)(x.flatten(0, -2)).view(*x.shape[:-1], len(weight))
 
 
 def is_close(exact: torch.Tensor, rounded: torch.Tensor) -> bool:
