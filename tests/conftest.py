@@ -9,6 +9,16 @@ from pathlib import Path
 
 import pytest
 
+KERNELS = Path(__file__).parent.parent / "src" / "fewbits" / "kernels"
+
+
+def pytest_configure() -> None:
+    """Forget compiled kernels that are older than any kernel's source: Numba looks at the file of each alone."""
+    newest = max(file.stat().st_mtime for file in KERNELS.glob("*.py"))
+    for file in (KERNELS / "__pycache__").glob("*.nb[ic]"):
+        if file.stat().st_mtime < newest:
+            file.unlink(missing_ok=True)
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:

@@ -17,8 +17,8 @@ from torch import nn
 
 from fewbits.allocator import return_free_memory, returned_blocks
 from fewbits.block_folds import Folding, find_block_folds, refusal_notes
-from fewbits.drift import DriftAccumulator
 from fewbits.errors import CalibrationError
+from fewbits.following import Following
 from fewbits.input_groups import InputGroup, InputGroups, is_expert
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
@@ -28,7 +28,7 @@ from fewbits.skeleton import Part, Skeleton
 from fewbits.statistics import Statistics, StatisticsAccumulator
 from fewbits.suspended import MicroBatch, SuspendedForward
 from fewbits.token_sample import TokenSample
-from fewbits.watching import Slot, watch
+from fewbits.watching import Product, Slot, watch
 
 # Called with the consumers of one input, their weights [out, in] as stored, and what was seen of the input (None if
 # nothing was). Returns for each the weight to go on with, or None to leave it.
@@ -75,6 +75,12 @@ class BlockRun:
         self._notes: list[Note] = []
         self._groups = InputGroups()
         self._watcher: Callable[[Slot, torch.Tensor], None] | None = None
+        self._following: Following | None = None
+        # Of the original model while it goes through the block.
+        self._keep: Callable[[Slot, torch.Tensor, Product], torch.Tensor] | None = None
+        taken = originals.takes if originals is not None else lambda micro_batch: True
+        # Those that the original model goes through as well are the first.
+        self._micro_batches = sorted(forward.micro_batches, key=lambda micro_batch: not taken(micro_batch))
         self._solved_layers: set[str] = set()
         self._weights: dict[str, torch.Tensor] = {}
 
@@ -106,7 +112,7 @@ class BlockRun:
     def _run_suspended(self) -> None:
         """All micro-batches in step, each waiting wherever a linear's codes are still to be chosen."""
         self._watcher = self._arrive
-        for micro_batch in self._forward.micro_batches:
+        for micro_batch in self._micro_batches:
             self._forward.resume(micro_batch)
         while waiting := self._waiting():
             group = min(waiting, key=lambda group: group.order)
@@ -119,7 +125,7 @@ class BlockRun:
         """One micro-batch after the other, to gather all statistics; then again, with the new weights."""
         self._watcher = self._gather
         if self._parts:
-            for micro_batch in self._forward.micro_batches:
+            for micro_batch in self._micro_batches:
                 self._forward.run_alone(self._index, micro_batch)
         self._watcher = None
         reached = [group for group in self._groups if group.accumulator is not None]
@@ -141,8 +147,11 @@ class BlockRun:
                     found.setdefault((parameter, part.expert), []).append(part)
         return found
 
-    def _watch(self, slot: Slot, inputs: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if self._watcher is not None and (slot.parameter, slot.expert) in self._parts:
+    def _watch(self, slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
+        is_wanted = (slot.parameter, slot.expert) in self._parts
+        if self._keep is not None and is_wanted:
+            return self._keep(slot, inputs, product)
+        if self._watcher is not None and is_wanted:
             self._watcher(slot, inputs)
         return product()
 
@@ -184,25 +193,32 @@ class BlockRun:
                 self._groups.split(group)
 
     def _run_original(self) -> None:
-        """Have the original model go on by this block, and keep the inputs that drift is measured from."""
+        """Have the original model go on by this block, and keep what drift is measured from."""
         if self._originals is None:
             return
         originals = self._originals
-        readers: dict[int, Slot] = {}
-        for group in self._groups:
-            # What is folded multiplies other inputs than the original model's.
-            if not group.has_experts and group.place is None and originals.follows(self._layers_of(group)):
-                group.follows = True
-                readers.setdefault(group.input, group.slots[0])
-        inputs_of = {slot: number for number, slot in readers.items()}
-
-        def keep(slot: Slot, inputs: torch.Tensor) -> None:
-            if slot in inputs_of and inputs.numel() // inputs.shape[-1] == self._forward.running.ids.numel():
-                originals.keep(inputs_of[slot], self._forward.running, inputs)
-
-        self._watcher = keep
+        # What is folded multiplies other inputs than the original model's.
+        following = Following(
+            originals,
+            [
+                group
+                for group in self._groups
+                if not group.has_experts and group.place is None and originals.follows(self._layers_of(group))
+            ],
+            self._rows_of,
+        )
+        self._keep = lambda slot, inputs, product: following.keep(slot, self._forward.running, inputs, product)
         originals.run_block(self._forward, self._index)
-        self._watcher = None
+        self._keep, self._following = None, following
+
+    def _rows_of(self, group: InputGroup) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights of a group's layers, one below the other as stored, and which outputs of its first slot they make."""
+        slot = group.slots[0]
+        parts = self._parts[slot.parameter, slot.expert]
+        W = torch.cat([self._stored(slot, part) for part in parts])
+        if slot.transposed or len(W) == len(self._plain[slot.parameter]):
+            return W, None
+        return W, torch.cat([torch.arange(part.start, part.stop) for part in parts])
 
     def _gram_stride(self, group: InputGroup) -> int:
         """Of how many micro-batches one makes a Gram that is good enough."""
@@ -236,21 +252,16 @@ class BlockRun:
             group.accumulator = StatisticsAccumulator(inputs.shape[-1], inputs.device)
         if micro_batch.index % group.stride == 0:
             weights = self._importance(group, micro_batch, inputs)
+            if self._following is not None and not self._following.takes(micro_batch):
+                self._following.settle(group, group.accumulator)
             group.accumulator.add(inputs, weights)
-            self._add_drift(group, micro_batch, inputs, weights)
+            if self._following is not None:
+                self._following.add(group, micro_batch, inputs, weights)
         else:
             group.accumulator.add_magnitudes(inputs)
         if group.sample is not None:
             group.sample.add(inputs)
         self._timings.statistics_s += time.perf_counter() - before
-
-    def _add_drift(
-        self, group: InputGroup, micro_batch: MicroBatch, inputs: torch.Tensor, weights: torch.Tensor | None
-    ) -> None:
-        original = self._originals.inputs(group.input, micro_batch) if self._originals and group.follows else None
-        if original is not None and original.numel() == inputs.numel():
-            group.drift = group.drift or DriftAccumulator(inputs.shape[-1], inputs.device)
-            group.drift.add(original.to(inputs.device), inputs, weights)
 
     def _importance(self, group: InputGroup, micro_batch: MicroBatch, inputs: torch.Tensor) -> torch.Tensor | None:
         if self._token_weights is None:
@@ -272,7 +283,7 @@ class BlockRun:
 
     def _waiting(self) -> dict[InputGroup, list[MicroBatch]]:
         waiting: dict[InputGroup, list[MicroBatch]] = {}
-        for micro_batch in self._forward.micro_batches:
+        for micro_batch in self._micro_batches:
             if isinstance(micro_batch.waiting, InputGroup):
                 waiting.setdefault(micro_batch.waiting, []).append(micro_batch)
         return waiting
@@ -284,11 +295,9 @@ class BlockRun:
             self._forward.pager.let_go()
             return_free_memory()
         # Codes are chosen by compiled kernels, which run on the CPU.
-        statistics = group.accumulator.finish()
-        if group.drift is not None:
-            statistics = replace(statistics, drift=group.drift.finish(statistics.tokens))
-        statistics = statistics.to("cpu")
-        group.accumulator = group.drift = None
+        drift = None if self._following is None else self._following.drift(group, group.accumulator)
+        statistics = replace(group.accumulator.finish(), drift=drift).to("cpu")
+        group.accumulator = None
         self._timings.statistics_s += time.perf_counter() - before
         layers = self._layers_of(group)
         if not torch.isfinite(statistics.absmax).all():

@@ -28,7 +28,7 @@ from fewbits.output_grams import OutputGram
 from fewbits.pass_memory import MEMORY_LIMIT
 from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
-from fewbits.watching import Slot, watch
+from fewbits.watching import Product, Slot, watch
 
 # Called with a stage's name and how many of how many blocks are done.
 Watcher = Callable[[str, int, int], None]
@@ -223,12 +223,10 @@ class _Gradients:
         self._parts, self._weights, self._coupled = parts, weights, coupled
         self.output_grams: dict[str, OutputGram] = {}
 
-    def recorder(
-        self, micro_batch: MicroBatch
-    ) -> Callable[[Slot, torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]:
+    def recorder(self, micro_batch: MicroBatch) -> Callable[[Slot, torch.Tensor, Product], torch.Tensor]:
         """A watcher that adds what comes back to each linear's output."""
 
-        def recorded(slot: Slot, inputs: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor:
+        def recorded(slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
             output = product()
             wanted = self._parts.get(slot.parameter, [])
             rows = output.numel() // output.shape[-1]

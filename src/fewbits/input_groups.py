@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from fewbits.absorbing import FoldPlace
-from fewbits.drift import DriftAccumulator
 from fewbits.statistics import StatisticsAccumulator
 from fewbits.token_sample import TokenSample
 from fewbits.watching import Slot
@@ -29,10 +28,8 @@ class InputGroup:
     sample: TokenSample | None = None
     # Of so many micro-batches one goes into the Gram.
     stride: int = 1
-    # Of the distinct input among the block's; with `follows`, its drift is measured.
+    # Of the distinct input among the block's.
     input: int = -1
-    follows: bool = False
-    drift: DriftAccumulator | None = None
 
     @property
     def has_experts(self) -> bool:

@@ -60,12 +60,16 @@ class Originals:
     ) -> None:
         self._inputs.__exit__(kind, error, trace)
 
+    def takes(self, micro_batch: MicroBatch) -> bool:
+        """Whether the original model goes through a micro-batch."""
+        return micro_batch.index % self._stride == 0
+
     def run_block(self, forward: SuspendedForward, index: int) -> None:
         """Run a block, as it still is, on what the original model passes on; inputs of the block before are dropped."""
         for place, number in sorted(self._kept):
             self._inputs.drop(place, number)
         self._kept.clear()
-        for micro_batch in forward.micro_batches[:: self._stride]:
+        for micro_batch in filter(self.takes, forward.micro_batches):
             arguments = forward.arguments_of(index, micro_batch)
             if micro_batch.index in self._states:
                 arguments = with_first_tensor(*arguments, self._states[micro_batch.index].to(forward.skeleton.device))
@@ -74,7 +78,7 @@ class Originals:
             self._states[micro_batch.index] = states if forward.pager is None else forward.pager.paged(states)
 
     def keep(self, place: int, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
-        """Keep what linears at some place of the block at hand multiply; only the first of a micro-batch."""
+        """Keep what linears at some place of the block at hand multiply or give; only the first of a micro-batch."""
         if (place, micro_batch.index) not in self._kept:
             self._kept.add((place, micro_batch.index))
             self._inputs.keep(place, micro_batch.index, inputs)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fewbits.suspended import hidden_of
-from fewbits.watching import Slot, WatchedWeight, watch
+from fewbits.watching import Product, Slot, WatchedWeight, watch
 
 # Enough that every channel shows itself and most experts are reached; few enough to cost next to nothing.
 PROBE_TOKENS = 64
@@ -143,7 +143,7 @@ class ProbedBlock:
             self._copies[name].copy_(_plain(self._originals[name][2]))
         self._touched.clear()
 
-    def _record(self, slot: Slot, inputs: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _record(self, slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
         self._alive.append(inputs)  # so that no memory is used twice
         seen = Seen(slot, inputs.reshape(-1, inputs.shape[-1]), identity(inputs))
         self.inputs.setdefault(seen.place, seen)

@@ -102,7 +102,8 @@ def solve_group(
         stack = [layers[i] for i in members], [weights[i] for i in members]
         if _method(planned, stack[0]).solver_name == "gptq":
             couplings, last = _couplings(stack[0], coupling), len(stacks) == 1
-            solved |= _solved_together(*stack, statistics, planned, notes, s, couplings, keep_gram=not last)
+            seen = statistics if last else _of_members(statistics, weights, members)
+            solved |= _solved_together(*stack, seen, planned, notes, s, couplings, keep_gram=not last)
         else:
             solved |= _rounded_together(*stack, statistics, planned, notes, s)
     for name, found in solved.items():
@@ -111,6 +112,14 @@ def solve_group(
         if count := count_at_limit(bits.numpy(), dtype):
             notes.append(note_at_limit(name, count, bits.numel(), dtype))
     return solved
+
+
+def _of_members(statistics: Statistics, weights: Sequence[torch.Tensor], members: Sequence[int]) -> Statistics:
+    """The statistic with the drift of some of the weights that it was gathered for."""
+    if statistics.drift is None:
+        return statistics
+    rows = torch.split(torch.arange(sum(map(len, weights))), [len(weight) for weight in weights])
+    return replace(statistics, drift=statistics.drift.of_rows(torch.cat([rows[member] for member in members])))
 
 
 def _couplings(layers: Sequence[LinearLayer], coupling: Coupling | None) -> list[torch.Tensor]:

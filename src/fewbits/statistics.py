@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fewbits.drift import Drift
 from fewbits.fp32_products import fast_fp32
 from fewbits.kernels.gram_tiles import TILE, GramTiles, fits
 
@@ -32,7 +33,7 @@ class Statistics:
     gram: H = Σ wₜ xₜ xₜᵀ, fp32 [in, in], symmetric, not divided by anything; the weights' mean is about 1.
     absmax, absmean: of |x| by channel, fp32 [in], over all rows seen; weights play no part in them.
     tokens: rows in the Gram. effective_tokens: (Σ w)² / Σ w², equal to `tokens` without weights.
-    drift: D of the same tokens, fp32 [in, in] (`drift.py`); None if it was not measured.
+    drift: of the same tokens (`drift.py`); None if it was not measured.
     """
 
     gram: torch.Tensor
@@ -40,7 +41,7 @@ class Statistics:
     absmean: torch.Tensor
     tokens: int
     effective_tokens: float
-    drift: torch.Tensor | None = None
+    drift: Drift | None = None
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device."""
@@ -125,6 +126,18 @@ class StatisticsAccumulator:
             for top in range(0, self.width, self._panel):
                 panel = slice(top, top + self._panel)
                 self._gram[panel, top:].addmm_(rows[:, panel].T, rows[:, top:])
+
+    def multiplied(self, W: torch.Tensor) -> torch.Tensor:
+        """W · H of the rows added so far, fp32 [n, width]."""
+        gram, wide = self._gram, W.float()
+        product = torch.empty_like(wide)
+        with fast_fp32():
+            for start in range(0, self.width, PANEL):
+                panel = slice(start, start + PANEL)
+                middle, below = gram[panel, panel], gram[panel, start + PANEL :]
+                columns = torch.cat([gram[:start, panel], middle.triu() + middle.triu(1).T, below.T])
+                product[:, panel] = wide @ columns
+        return product
 
     def finish(self) -> Statistics:
         """The Statistics of all rows added so far."""

@@ -14,7 +14,19 @@ import torch
 from torch import nn
 
 # How a product is told: (slot, input, the product itself) → its result.
-Watcher = Callable[["Slot", torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]
+Watcher = Callable[["Slot", torch.Tensor, "Product"], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product that is still to be made. bias: what is added to it; None for nothing."""
+
+    compute: Callable[[], torch.Tensor]
+    bias: torch.Tensor | None
+
+    def __call__(self) -> torch.Tensor:
+        """Its result."""
+        return self.compute()
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,9 @@ class WatchedWeight(torch.Tensor):
         plain_args = tuple(_plain(argument) for argument in args)
         plain_kwargs = {name: _plain(argument) for name, argument in kwargs.items()}
         if product is not None:
-            inputs, weight, transposed = product
+            inputs, weight, transposed, bias = product
             slot = Slot(weight.slot.parameter, weight.slot.expert, transposed)
-            return weight.watcher(slot, inputs, lambda: func(*plain_args, **plain_kwargs))
+            return weight.watcher(slot, inputs, Product(lambda: func(*plain_args, **plain_kwargs), bias))
         result = func(*plain_args, **plain_kwargs)
         if func is torch.Tensor.__getitem__ and isinstance(args[0], WatchedWeight) and args[0].plain.dim() == 3:
             expert = _index(args[1])
@@ -65,18 +77,21 @@ class WatchedWeight(torch.Tensor):
 
 def _product(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, WatchedWeight, bool] | None:
-    """(input, weight, whether the weight lies as [in, out]) if the call multiplies an input by a watched matrix."""
+) -> tuple[torch.Tensor, WatchedWeight, bool, torch.Tensor | None] | None:
+    """(input, weight, whether it lies as [in, out], bias) if the call multiplies an input by a watched matrix."""
+    bias = None
     if func is nn.functional.linear:
         inputs, weight, transposed = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight"), False
+        bias = _argument(args, kwargs, 2, "bias")
     elif func is torch.addmm:
         inputs, weight, transposed = _argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2"), True
+        bias = _argument(args, kwargs, 0, "input")
     elif func in (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__):
         inputs, weight, transposed = args[0], args[1] if len(args) > 1 else None, True
     else:
         return None
     if isinstance(weight, WatchedWeight) and not isinstance(inputs, WatchedWeight) and weight.plain.dim() == 2:
-        return inputs, weight, transposed
+        return inputs, weight, transposed, bias
     return None
 
 

@@ -88,6 +88,13 @@ def matrix(whole: PreTrainedModel, layer: LinearLayer) -> torch.Tensor:
     return {"w1": rows[:half], "gate_proj": rows[:half], "w3": rows[half:], "up_proj": rows[half:]}.get(found[3], rows)
 
 
+def stacked(whole: PreTrainedModel, layers: Sequence[LinearLayer]) -> torch.Tensor:
+    """The weights of layers one below the other, [rows, in]."""
+    return torch.cat(
+        [matrix(whole, layer).T if layer.transposed else matrix(whole, layer) for layer in layers]
+    ).double()
+
+
 class InputsOf(TorchFunctionMode):
     """Gathers the inputs that are multiplied by one matrix of a plain model, wherever that happens."""
 
@@ -237,12 +244,16 @@ def test_drift_is_measured_from_the_inputs_of_the_unquantized_model(
 ) -> None:
     monkeypatch.setattr("fewbits.originals.SHORTEST_STRIDE", 1)
     plain = run_pass(checkpoint, rounding=False, folder=tmp_path, follows=lambda layers: True)
-    for _, statistics in plain.calls:
-        assert statistics is not None
-        assert statistics.drift is None or not bool(statistics.drift.any())
-    seen = run_pass(checkpoint, rounding=True, folder=tmp_path, follows=lambda layers: True)
     whole, quantized = whole_model(checkpoint), whole_model(checkpoint)
-    followed = 0
+    for layers, statistics in plain.calls:
+        assert statistics is not None
+        if statistics.drift is not None:
+            sums = stacked(whole, layers) @ statistics.gram.double()
+            # Outputs are bf16 numbers.
+            bound = 2**-8 * float(sums.norm()) if statistics.drift.of_outputs else 0.0
+            assert float(statistics.drift.matrix.norm()) <= bound
+    seen = run_pass(checkpoint, rounding=True, folder=tmp_path, follows=lambda layers: True)
+    followed, by_outputs = 0, 0
     for layers, statistics in seen.calls:
         rows = []
         for model in (whole, quantized):
@@ -254,13 +265,21 @@ def test_drift_is_measured_from_the_inputs_of_the_unquantized_model(
             assert any(EXPERT.fullmatch(layer.name) for layer in layers) or len(rows[1]) != IDS.numel()
         else:
             moved, x = rows[0] - rows[1], rows[1]
-            bound = 1e-2 * moved.abs().T @ x.abs() + 1e-6
-            assert bool(((statistics.drift.double() - moved.T @ x).abs() <= bound).all())
-            followed += bool(statistics.drift.any())
+            found, expected = statistics.drift.matrix.double(), moved.T @ x
+            if statistics.drift.of_outputs:
+                W = stacked(whole, layers)
+                assert len(W) < W.shape[1]
+                # Outputs are bf16 numbers.
+                assert float((found - W @ expected).norm()) <= 2**-8 * float((W @ statistics.gram.double()).norm())
+                by_outputs += 1
+            else:
+                assert bool(((found - expected).abs() <= 1e-2 * moved.abs().T @ x.abs() + 1e-6).all())
+            followed += bool(statistics.drift.matrix.any())
         with torch.no_grad():
             for layer in layers:
                 matrix(quantized, layer).copy_(coarse(matrix(quantized, layer)))
     assert followed
+    assert by_outputs or not any(layer.kind in ("down_proj", "fc2") for layers, _ in seen.calls for layer in layers)
 
 
 def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: int) -> dict[str, torch.Tensor]:

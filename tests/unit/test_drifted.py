@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbits.drift import DriftAccumulator
+from fewbits.drift import Drift, DriftAccumulator
 from fewbits.originals import stride_of
 from fewbits.schemes import Scheme
 from fewbits.solvers import drifted
@@ -30,10 +30,10 @@ def weight() -> torch.Tensor:
 def test_drift_is_the_weighted_sum_it_says_scaled_to_all_tokens(dtype: torch.dtype) -> None:
     original, x = (part.to(dtype) for part in drifted_inputs())
     weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2))
-    total = DriftAccumulator(WIDTH)
+    total = DriftAccumulator(WIDTH, WIDTH)
     for start in range(0, TOKENS, 1000):
         part = slice(start, start + 1000)
-        total.add(original[part], x[part], weights[part])
+        total.add(original[part] - x[part], x[part], weights[part])
     found = total.finish(2 * TOKENS)
     assert found is not None
     moved = (original.double() - x.double()) * weights.double()[:, None]
@@ -41,7 +41,7 @@ def test_drift_is_the_weighted_sum_it_says_scaled_to_all_tokens(dtype: torch.dty
     assert bool(
         ((found.double() - 2 * moved.T @ x.double()).abs() <= bound * 2 * moved.abs().T @ x.double().abs()).all()
     )
-    assert DriftAccumulator(WIDTH).finish(5) is None
+    assert DriftAccumulator(WIDTH, WIDTH).finish(5) is None
 
 
 def test_targets_give_the_outputs_of_the_inputs_before_they_drifted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +49,10 @@ def test_targets_give_the_outputs_of_the_inputs_before_they_drifted(monkeypatch:
     W, H, D = weight(), x.T @ x, (original - x).T @ x
     monkeypatch.setattr(drifted, "DAMPING", 1e-6)
     monkeypatch.setattr(drifted, "SHARE", 1.0)
-    targets = drifted_targets(W, H, D, [slice(0, 10), slice(10, ROWS)], keep=True)
+    targets = drifted_targets(W, H, Drift(D), [slice(0, 10), slice(10, ROWS)], keep=True)
     assert torch.allclose(targets @ x.T, W @ original.T, atol=1e-3)
     monkeypatch.setattr(drifted, "SHARE", 0.5)
-    halfway = drifted_targets(W, H, D, [slice(0, ROWS)], keep=False)
+    halfway = drifted_targets(W, H, Drift(D), [slice(0, ROWS)], keep=False)
     assert torch.allclose(halfway, (W + targets) / 2, atol=1e-5)
 
 
@@ -63,8 +63,8 @@ def test_solving_for_drifted_inputs_comes_closer_to_the_original_outputs(coupled
     scheme = Scheme("int", 4, False, 16)
     couplings = [torch.eye(ROWS)] if coupled else []
     plain = solve(W, scheme, torch.bfloat16, H.clone(), couplings=couplings)
-    kept = solve(W, scheme, torch.bfloat16, H, couplings=couplings, drift=D)
-    again = solve(W, scheme, torch.bfloat16, H.clone(), couplings=couplings, drift=D.clone(), keep_gram=False)
+    kept = solve(W, scheme, torch.bfloat16, H, couplings=couplings, drift=Drift(D))
+    again = solve(W, scheme, torch.bfloat16, H.clone(), couplings=couplings, drift=Drift(D.clone()), keep_gram=False)
     assert torch.equal(kept.codes, again.codes)
 
     def missed(decoded: torch.Tensor) -> float:
@@ -78,7 +78,7 @@ def test_solving_for_drifted_inputs_comes_closer_to_the_original_outputs(coupled
 
 def test_a_statistic_that_cannot_be_factored_leaves_the_weights_as_the_target() -> None:
     W, nothing = weight(), torch.zeros(WIDTH, WIDTH)
-    assert drifted_targets(W, nothing, nothing.clone(), [slice(0, ROWS)], keep=True) is W
+    assert drifted_targets(W, nothing, Drift(nothing.clone()), [slice(0, ROWS)], keep=True) is W
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from fewbits.kernels.compiling import as_bits, as_float
+from fewbits.kernels.compiling import Array, as_bits, as_float
 from fewbits.kernels.lanes import HAS_BF16, LANES
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.packed_pairs import pack_pairs
@@ -29,13 +29,29 @@ ROWS = 512
 
 _add_strip = add_strip(TILE // LANES)
 # The fields of a block. ROOTS_AT is 0 where rows are not weighted.
-ROWS_AT, COUNT, WIDTH, ROOTS_AT, PACKED_AT, GRAM_AT, ABSMAX_AT, ABSOLUTE_AT = range(OWN, OWN + 8)
+ROWS_AT, ROW_BYTES, COUNT, WIDTH, ROOTS_AT, PACKED_AT, GRAM_AT, ABSMAX_AT, ABSOLUTE_AT = range(OWN, OWN + 9)
+
+
+@njit  # type: ignore[untyped-decorator]
+def add_tile(left: Any, right: Any, pairs: Any, sums: Any, row: Any, column: Any, scratch: Any) -> None:
+    """Products of packed tiles at two addresses to the sums where these tiles meet, by their numbers."""
+    height, width = sums.shape
+    for strip in range(0, TILE, STRIP):
+        top, begin = row * TILE + strip, column * TILE
+        if top + STRIP <= height and begin + TILE <= width:
+            _add_strip(left + 4 * strip, 4, 4 * TILE, right, pairs, sums[top, begin:].ctypes.data, 4 * width)
+        elif top < height:
+            scratch[:] = np.float32(0.0)
+            _add_strip(left + 4 * strip, 4, 4 * TILE, right, pairs, scratch.ctypes.data, 4 * TILE)
+            for r in range(min(STRIP, height - top)):
+                for c in range(min(TILE, width - begin)):
+                    sums[top + r, begin + c] += scratch[r, c]
 
 
 @njit  # type: ignore[untyped-decorator]
 def _multiply(packed: Any, gram: Any, first: Any, last: Any) -> None:
     """Tiles `first` to `last` of those on and above the diagonal, counted down the columns of tiles."""
-    pairs, width = packed.shape[1], gram.shape[0]
+    pairs = packed.shape[1]
     scratch = np.empty((STRIP, TILE), np.float32)
     column = np.int64(np.sqrt(2.0 * first))
     while column * (column + 1) // 2 > first:
@@ -44,27 +60,18 @@ def _multiply(packed: Any, gram: Any, first: Any, last: Any) -> None:
         column += 1
     row = first - column * (column + 1) // 2
     for _ in range(first, last):
-        left, right = packed[row].ctypes.data, packed[column].ctypes.data
-        for strip in range(0, TILE, STRIP):
-            top, begin = row * TILE + strip, column * TILE
-            if top + STRIP <= width and begin + TILE <= width:
-                place = gram[top, begin:].ctypes.data
-                _add_strip(left + 4 * strip, 4, 4 * TILE, right, pairs, place, 4 * width)
-            elif top < width:
-                scratch[:] = np.float32(0.0)
-                _add_strip(left + 4 * strip, 4, 4 * TILE, right, pairs, scratch.ctypes.data, 4 * TILE)
-                for r in range(min(STRIP, width - top)):
-                    for c in range(min(TILE, width - begin)):
-                        gram[top + r, begin + c] += scratch[r, c]
+        add_tile(packed[row].ctypes.data, packed[column].ctypes.data, pairs, gram, row, column, scratch)
         row += 1
         if row > column:
             row, column = 0, column + 1
 
 
 @njit  # type: ignore[untyped-decorator]
-def _pack(rows: Any, roots_at: Any, packed: Any, absmax: Any, absolute: Any, first: Any, last: Any) -> None:
+def _pack(
+    rows: Any, step: Any, count: Any, width: Any, roots_at: Any, packed: Any, absmax: Any, absolute: Any, first: Any,
+    last: Any,
+) -> None:  # fmt: skip
     """16 channels at a time, `first` to `last`, with the largest magnitude and the sum of magnitudes of each."""
-    count, width = rows.shape
     pairs = packed.shape[1]
     edge = np.zeros((2 * pairs, LANES), np.uint16)
     largest, total = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -78,14 +85,15 @@ def _pack(rows: Any, roots_at: Any, packed: Any, absmax: Any, absolute: Any, fir
                 for lane in range(LANES):
                     packed[tile, pair, begin % TILE + lane] = np.uint32(0)
             continue
-        source, step = rows.ctypes.data + 2 * begin, 2 * width
+        source, source_step = rows + 2 * begin, step
         if lanes < LANES or count < 2 * pairs:
             # What lies beyond the last channel or row is not read.
             for t in range(count):
+                row = carray(pointer_to(source + t * step), (lanes,), np.uint16)
                 for lane in range(lanes):
-                    edge[t, lane] = rows[t, begin + lane]
-            source, step = edge.ctypes.data, 2 * LANES
-        pack_pairs(source, step, roots_at, pairs, out, 4 * TILE, largest.ctypes.data, total.ctypes.data)
+                    edge[t, lane] = row[lane]
+            source, source_step = edge.ctypes.data, 2 * LANES
+        pack_pairs(source, source_step, roots_at, pairs, out, 4 * TILE, largest.ctypes.data, total.ctypes.data)
         for lane in range(lanes):
             # As bits, so that NaN counts as the largest.
             absmax[begin + lane] = as_float(max(as_bits(absmax[begin + lane]), as_bits(largest[lane])))
@@ -102,10 +110,12 @@ def _pack_step(address: Any, start: Any, stop: Any) -> None:
     """Vectors of 16 channels; a vector is a row of the step."""
     block = carray(pointer_to(address), (WORDS,), np.int64)
     width = block[WIDTH]
-    rows = carray(pointer_to(block[ROWS_AT]), (block[COUNT], width), np.uint16)
     absmax = carray(pointer_to(block[ABSMAX_AT]), (width,), np.float32)
     absolute = carray(pointer_to(block[ABSOLUTE_AT]), (width,), np.float64)
-    _pack(rows, block[ROOTS_AT], _packed(block), absmax, absolute, start, stop)
+    _pack(
+        block[ROWS_AT], block[ROW_BYTES], block[COUNT], width, block[ROOTS_AT], _packed(block), absmax, absolute, start,
+        stop,
+    )  # fmt: skip
 
 
 def _multiply_step(address: Any, start: Any, stop: Any) -> None:
@@ -120,13 +130,51 @@ def _compiled() -> tuple[Any, Any]:
     return compiled_work(_pack_step), compiled_work(_multiply_step)
 
 
-def fits(inputs: torch.Tensor) -> bool:
+def fits(*inputs: torch.Tensor) -> bool:
     """Whether this processor has the products and these are rows for them."""
-    return HAS_BF16 and inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu"
+    return HAS_BF16 and all(rows.dtype == torch.bfloat16 and rows.device.type == "cpu" for rows in inputs)
+
+
+def padded_roots(roots: torch.Tensor | None) -> torch.Tensor | None:
+    """Roots of rows and one more, which a last row without a partner is paired with."""
+    return None if roots is None else torch.cat([roots, roots.new_zeros(1)])
+
+
+class PackedRows:
+    """Rows of one width as pairs, ROWS at a time, and the memory that they are packed into.
+
+    Args:
+        absmax, absolute: fp32 and fp64 [width], in which the largest and the sum of magnitudes are kept; None for not.
+    """
+
+    def __init__(self, width: int, absmax: torch.Tensor | None = None, absolute: torch.Tensor | None = None) -> None:
+        absmax = torch.zeros(width) if absmax is None else absmax
+        absolute = torch.zeros(width, dtype=torch.float64) if absolute is None else absolute
+        self._kept = absmax, absolute
+        self.tiles = -(-width // TILE)
+        self._memory = np.empty(0, np.uint32)
+        fixed = {WIDTH: width, ABSMAX_AT: absmax.data_ptr(), ABSOLUTE_AT: absolute.data_ptr()}
+        self._work = Work(_compiled()[0], fixed)
+
+    def step(self, rows: torch.Tensor, roots: torch.Tensor | None, start: int) -> tuple[Array, int, int]:
+        """The step that packs up to ROWS rows, those from `start` on, where they lie then and how many they are.
+
+        Args:
+            rows: bf16 [count, width], neighbours in a row side by side. roots: as `padded_roots` gives them.
+        """
+        count = min(ROWS, len(rows) - start)
+        size = self.tiles * TILE * -(-min(ROWS, len(rows)) // 2)
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint32)
+        step = self._work.step(self.tiles * (TILE // LANES), {
+            ROWS_AT: rows[start:].data_ptr(), ROW_BYTES: 2 * rows.stride(0), COUNT: count,
+            ROOTS_AT: 0 if roots is None else roots[start:].data_ptr(), PACKED_AT: self._memory.ctypes.data,
+        })  # fmt: skip
+        return step, self._memory.ctypes.data, count
 
 
 class GramTiles:
-    """The tiles of one Gram, and the memory that rows are packed into."""
+    """The tiles of one Gram."""
 
     def __init__(self, gram: torch.Tensor, absmax: torch.Tensor, absolute: torch.Tensor) -> None:
         """Add to these, in place.
@@ -135,31 +183,16 @@ class GramTiles:
             gram: fp32 [width, width], of which tiles on and above the diagonal are added to.
             absmax, absolute: fp32 and fp64 [width], the largest and the sum of the magnitudes by channel.
         """
-        self._kept = gram, absmax, absolute
-        self._tiles = -(-len(gram) // TILE)
-        self._packed = np.empty(0, np.uint32)
-        fixed = {
-            WIDTH: len(gram), GRAM_AT: gram.data_ptr(), ABSMAX_AT: absmax.data_ptr(), ABSOLUTE_AT: absolute.data_ptr(),
-        }  # fmt: skip
-        self._pack, self._multiply = (Work(work, fixed) for work in _compiled())
+        self._kept = gram
+        self._rows = PackedRows(len(gram), absmax, absolute)
+        self._multiply = Work(_compiled()[1], {WIDTH: len(gram), GRAM_AT: gram.data_ptr()})
 
     def add(self, rows: torch.Tensor, roots: torch.Tensor | None) -> None:
         """Add rows, bf16 [count, width], each times its root and then rounded to bf16 again."""
-        rows = rows.contiguous()
-        if roots is not None:
-            # One more, which a last row without a partner is paired with.
-            roots = torch.cat([roots, roots.new_zeros(1)])
-        count, width = rows.shape
-        size = self._tiles * TILE * -(-min(ROWS, count) // 2)
-        if len(self._packed) < size:
-            self._packed = np.empty(size, np.uint32)
-        steps = []
-        for start in range(0, count, ROWS):
-            fields = {
-                ROWS_AT: rows.data_ptr() + 2 * start * width, COUNT: min(ROWS, count - start),
-                ROOTS_AT: 0 if roots is None else roots.data_ptr() + 4 * start, PACKED_AT: self._packed.ctypes.data,
-            }  # fmt: skip
-            steps.append(self._pack.step(self._tiles * (TILE // LANES), fields))
-            steps.append(self._multiply.step(self._tiles * (self._tiles + 1) // 2, fields))
+        rows, roots = rows if rows.stride(-1) == 1 else rows.contiguous(), padded_roots(roots)
+        steps, tiles = [], self._rows.tiles
+        for start in range(0, len(rows), ROWS):
+            step, packed, count = self._rows.step(rows, roots, start)
+            steps += [step, self._multiply.step(tiles * (tiles + 1) // 2, {PACKED_AT: packed, COUNT: count})]
         if steps:
-            Program(steps).run(team_size(count * width * width))
+            Program(steps).run(team_size(len(rows) * rows.shape[1] ** 2))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fewbits.drift import Drift
 from fewbits.fp32_products import fast_fp32
 from fewbits.kernels.lanes import HAS_BF16
 from fewbits.solvers.factorization import inverse_factor
@@ -23,22 +24,22 @@ DAMPING = 0.1
 
 
 def drifted_targets(
-    W: torch.Tensor, H: torch.Tensor, D: torch.Tensor, parts: Sequence[slice], *, keep: bool
+    W: torch.Tensor, H: torch.Tensor, drift: Drift, parts: Sequence[slice], *, keep: bool
 ) -> torch.Tensor:
     """W + SHARE · W D H⁻¹ [N, K] in W's dtype, some rows at a time; W itself where H cannot be factored.
 
     Args:
-        keep: False lets D be written over.
+        keep: False lets the drift be written over.
     """
     steps = torch.empty_like(W)
     # Steps are small, and rounded to W's dtype in the end.
     dtype = torch.bfloat16 if HAS_BF16 and W.dtype == torch.bfloat16 else torch.float32
     with fast_fp32():
-        drift = D.to(dtype)
+        matrix = drift.matrix.to(dtype)
         for rows in parts:
-            steps[rows] = W[rows].to(dtype) @ drift
-        del drift
-        factor = inverse_factor(H, DAMPING, None if keep else D)
+            steps[rows] = matrix[rows] if drift.of_outputs else W[rows].to(dtype) @ matrix
+        del matrix
+        factor = inverse_factor(H, DAMPING, None if keep or drift.of_outputs else drift.matrix)
         if factor is None:
             return W
         U = factor.U.to(dtype)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fewbits.drift import Drift
 from fewbits.schemes import Scheme
 from fewbits.solvers.coupled import solve_in_turn
 from fewbits.solvers.drifted import drifted_targets
@@ -37,7 +38,7 @@ def solve(
     H: torch.Tensor,
     options: GptqOptions = DEFAULTS,
     couplings: Sequence[torch.Tensor] = (),
-    drift: torch.Tensor | None = None,
+    drift: Drift | None = None,
     *,
     keep_gram: bool = True,
 ) -> Solution:
@@ -47,8 +48,8 @@ def solve(
 
     Args:
         couplings: output Grams of runs of rows, in order (`coupled.py`); without them rows are independent.
-        drift: D [K, K] of the same tokens as H: outputs are to be those of the inputs that W had before (`drifted.py`).
-        keep_gram: False lets the solver write over H and D, which saves the memory of matrices of their size.
+        drift: of the same tokens as H: outputs are to be those of the inputs that W had before (`drifted.py`).
+        keep_gram: False lets the solver write over H and the drift, which saves the memory of matrices of their size.
     """
     K = W.shape[1]
     some = max(SOME_ROWS, ROW_NUMBERS // K)
@@ -57,7 +58,8 @@ def solve(
     living = torch.where(seen > 0, seen, seen[seen > 0].mean() if bool((seen > 0).any()) else 1.0)
     order = _order(living, scheme.group_size or K) if options.ordered else torch.arange(K)
     target = None if drift is None else drifted_targets(W, H, drift, parts, keep=keep_gram)
-    turned = _turned(H, order, None if keep_gram else drift)
+    spare = None if keep_gram or drift is None or drift.of_outputs else drift.matrix
+    turned = _turned(H, order, spare)
     turned.diagonal().copy_(living[order])
     factor = inverse_factor(turned, options.damping, None if keep_gram else H)
     solver = RowSolver(turned, factor, order, seen, living, scheme, scale_dtype, options)
