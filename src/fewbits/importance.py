@@ -124,6 +124,8 @@ class _Run:
                     self._forward.resume(micro_batch)
             self._watcher("forward", index + 1, last + 1)
         self._head_s = 0.0
+        # What the blocks' micro-batches took turns in makes room for the head.
+        return_free_memory()
         self._skeleton.materialize_rest(head=True)
         with self._skeleton.materialized(last):
             for micro_batch in self._forward.micro_batches:
@@ -135,6 +137,7 @@ class _Run:
                 self._gradients.append(self._through_head(micro_batch))
                 self._head_s += time.perf_counter() - before
         self._skeleton.release_rest()
+        return_free_memory()
         self._watcher("forward", last + 1, last + 1)
 
     def _note_entry(self, inputs: BlockInputs, index: int, micro_batch: MicroBatch) -> None:
