@@ -103,7 +103,7 @@ class _RootMeanSquare(torch.autograd.Function):
         from fewbits.kernels.compiling import as_numpy
         from fewbits.kernels.norm_rows import normalize
 
-        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         out, inverses = torch.empty_like(rows), torch.empty(len(rows))
         normalize(as_numpy(rows), weight.numpy(), eps, as_numpy(out), inverses.numpy())
         ctx.save_for_backward(x, weight, inverses)
@@ -115,7 +115,7 @@ class _RootMeanSquare(torch.autograd.Function):
         from fewbits.kernels.norm_rows import pull_back
 
         x, weight, inverses = ctx.saved_tensors
-        rows, pulled = (each.detach().reshape(-1, x.shape[-1]) for each in (x, pulls[0]))
+        rows, pulled = (each.detach().reshape(-1, x.shape[-1]).contiguous() for each in (x, pulls[0]))
         out = torch.empty_like(rows)
         pull_back(as_numpy(rows), weight.numpy(), inverses.numpy(), as_numpy(pulled), as_numpy(out))
         return out.view(x.shape), None, None

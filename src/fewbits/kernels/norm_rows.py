@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
-from fewbits.kernels.compiling import SUMS, widen
-from fewbits.kernels.memory import as_bf16
-from fewbits.kernels.threads import over_rows
+from fewbits.kernels.compiling import SUMS, as_float, widen
+from fewbits.kernels.memory import as_bf16, pointer_to
+from fewbits.kernels.team import OWN, ROWS, WORDS, Program, Work, compiled_work, team_size
 
 FAST = SUMS | {"arcp"}
+# The fields of a block; a row is a row. EPS: by its bits.
+X_AT, WIDTH, WEIGHT_AT, EPS, OUT_AT, INVERSES_AT, PULLS_AT = range(OWN, OWN + 7)
 
 
 @njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -23,7 +26,7 @@ def _squares(values: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _normalize(x: Any, weight: Any, eps: Any, out: Any, inverses: Any, start: Any, stop: Any) -> None:
     width = x.shape[1]
     for t in range(start, stop):
@@ -33,7 +36,7 @@ def _normalize(x: Any, weight: Any, eps: Any, out: Any, inverses: Any, start: An
             out[t, i] = as_bf16(widen(x[t, i]) * inverse * weight[i])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _pull_back(x: Any, weight: Any, inverses: Any, pulls: Any, out: Any, start: Any, stop: Any) -> None:
     width = x.shape[1]
     for t in range(start, stop):
@@ -46,10 +49,52 @@ def _pull_back(x: Any, weight: Any, inverses: Any, pulls: Any, out: Any, start: 
             out[t, i] = as_bf16(inverse * (widen(pulls[t, i]) * weight[i] - share * widen(x[t, i])))
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _lengths(x: Any, out: Any, start: Any, stop: Any) -> None:
     for t in range(start, stop):
         out[t] = np.sqrt(_squares(x[t]))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _rows(block: Any, field: Any) -> Any:
+    return carray(pointer_to(block[field]), (block[ROWS], block[WIDTH]), np.uint16)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _numbers(block: Any, field: Any, count: Any) -> Any:
+    return carray(pointer_to(block[field]), (count,), np.float32)
+
+
+def _normalized(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    weight, inverses = _numbers(block, WEIGHT_AT, block[WIDTH]), _numbers(block, INVERSES_AT, block[ROWS])
+    eps = as_float(np.uint32(block[EPS]))
+    _normalize(_rows(block, X_AT), weight, eps, _rows(block, OUT_AT), inverses, start, stop)
+
+
+def _pulled_back(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    weight, inverses = _numbers(block, WEIGHT_AT, block[WIDTH]), _numbers(block, INVERSES_AT, block[ROWS])
+    _pull_back(_rows(block, X_AT), weight, inverses, _rows(block, PULLS_AT), _rows(block, OUT_AT), start, stop)
+
+
+def _measured(address: Any, start: Any, stop: Any) -> None:
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    _lengths(_rows(block, X_AT), _numbers(block, OUT_AT, block[ROWS]), start, stop)
+
+
+_WORK = {work.__name__: work for work in (_normalized, _pulled_back, _measured)}
+
+
+@cache
+def _compiled(name: str) -> Work:
+    return Work(compiled_work(_WORK[name]), {})
+
+
+def _run(name: str, x: Any, fields: dict[int, int]) -> None:
+    rows, width = x.shape
+    step = _compiled(name).step(rows, {X_AT: x.ctypes.data, WIDTH: width, **fields})
+    Program([step]).run(team_size(x.size))
 
 
 def normalize(x: Any, weight: Any, eps: float, out: Any, inverses: Any) -> None:
@@ -58,17 +103,22 @@ def normalize(x: Any, weight: Any, eps: float, out: Any, inverses: Any) -> None:
     Args:
         x: bf16 as uint16 [rows, width]; out: likewise, written. weight: fp32 [width]. inverses: fp32 [rows], written.
     """
-    added = np.float32(eps)
-    over_rows(len(x), x.shape[1], lambda start, stop: _normalize(x, weight, added, out, inverses, start, stop))
+    _run("_normalized", x, {
+        WEIGHT_AT: weight.ctypes.data, EPS: int(np.float32(eps).view(np.uint32)), OUT_AT: out.ctypes.data,
+        INVERSES_AT: inverses.ctypes.data,
+    })  # fmt: skip
 
 
 def pull_back(x: Any, weight: Any, inverses: Any, pulls: Any, out: Any) -> None:
     """The gradient by x of what `normalize` made, given that by its outputs: bf16 as uint16 [rows, width]."""
-    over_rows(len(x), x.shape[1], lambda start, stop: _pull_back(x, weight, inverses, pulls, out, start, stop))
+    _run("_pulled_back", x, {
+        WEIGHT_AT: weight.ctypes.data, INVERSES_AT: inverses.ctypes.data, PULLS_AT: pulls.ctypes.data,
+        OUT_AT: out.ctypes.data,
+    })  # fmt: skip
 
 
 def lengths(x: Any) -> Any:
     """Euclidean norms of rows of bf16 as uint16 [rows, width], fp32 [rows]."""
     out = np.empty(len(x), np.float32)
-    over_rows(len(x), x.shape[1], lambda start, stop: _lengths(x, out, start, stop))
+    _run("_measured", x, {OUT_AT: out.ctypes.data})
     return out

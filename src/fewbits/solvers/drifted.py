@@ -39,6 +39,8 @@ def drifted_targets(
         for rows in parts:
             steps[rows] = matrix[rows] if drift.of_outputs else W[rows].to(dtype) @ matrix
         del matrix
+        if drift.of_outputs and not keep:
+            drift.matrix.untyped_storage().resize_(0)
         factor = inverse_factor(H, DAMPING, None if keep or drift.of_outputs else drift.matrix)
         if factor is None:
             return W
