@@ -63,9 +63,9 @@ class DriftAccumulator:
         for start in range(0, height, PANEL):
             self._sums[start : start + PANEL] += y[:, start : start + PANEL].T @ x
 
-    def subtract(self, sums: torch.Tensor) -> None:
-        """Take sums off that were added up elsewhere."""
-        self._sums -= sums
+    def subtract(self, columns: slice, sums: torch.Tensor) -> None:
+        """Take columns of sums off that were added up elsewhere."""
+        self._sums[:, columns] -= sums
 
     def finish(self, tokens: int) -> torch.Tensor | None:
         """The sums as `tokens` tokens would have them, from the part that was added; None from nothing."""

@@ -83,8 +83,8 @@ class Following:
         if sums is None or sums.tokens != statistic.tokens:
             self._sums.pop(group, None)
             return
-        W = self._rows(group)[0]
-        sums.subtract(statistic.multiplied(W))
+        for columns, product in statistic.products(self._rows(group)[0]):
+            sums.subtract(columns, product)
 
     def drift(self, group: InputGroup, statistic: StatisticsAccumulator) -> Drift | None:
         """The drift of all tokens of a group's statistic; None where none was measured."""

@@ -9,6 +9,7 @@ as these errors are independent they add up to some 1e-6 of the diagonal. All ot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,8 @@ FEWEST_ROWS = 256
 # At widths 576, 1536 and 4096 (Zen 4, two threads) these were within a tenth of the fastest.
 NARROW_PANEL, PANEL = 128, 256
 NARROW = 1024
+# Rows of weights multiplied at a time.
+SOME_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -127,17 +130,16 @@ class StatisticsAccumulator:
                 panel = slice(top, top + self._panel)
                 self._gram[panel, top:].addmm_(rows[:, panel].T, rows[:, top:])
 
-    def multiplied(self, W: torch.Tensor) -> torch.Tensor:
-        """W · H of the rows added so far, fp32 [n, width]."""
-        gram, wide = self._gram, W.float()
-        product = torch.empty_like(wide)
-        with fast_fp32():
-            for start in range(0, self.width, PANEL):
-                panel = slice(start, start + PANEL)
-                middle, below = gram[panel, panel], gram[panel, start + PANEL :]
-                columns = torch.cat([gram[:start, panel], middle.triu() + middle.triu(1).T, below.T])
-                product[:, panel] = wide @ columns
-        return product
+    def products(self, W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some columns at a time of W · H, fp32 [n, width], of the rows added so far."""
+        gram = self._gram
+        for start in range(0, self.width, PANEL):
+            panel = slice(start, start + PANEL)
+            middle, below = gram[panel, panel], gram[panel, start + PANEL :]
+            columns = torch.cat([gram[:start, panel], middle.triu() + middle.triu(1).T, below.T])
+            with fast_fp32():
+                product = torch.cat([part.float() @ columns for part in torch.split(W, SOME_ROWS)])
+            yield panel, product
 
     def finish(self) -> Statistics:
         """The Statistics of all rows added so far."""
