@@ -107,6 +107,8 @@ class BlockRun:
             else:
                 self._run_twice()
             self._solve_unseen()
+        # These refer back to this run: the block's weights would stay until the garbage collector comes by.
+        self._following, self._watcher, self._plain = None, None, {}
         return self._notes
 
     def _run_suspended(self) -> None:
