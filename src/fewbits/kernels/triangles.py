@@ -181,15 +181,6 @@ def inverse_factor_of(H: torch.Tensor, added: float, out: torch.Tensor) -> bool:
     Args:
         H: symmetric fp32 [K, K]. out: fp32 [K, K], contiguous.
     """
-    if len(H) % ROWS:
-        # Beside an identity that fills up the last tile.
-        full = -(-len(H) // ROWS) * ROWS
-        wide, room = torch.eye(full), torch.empty(full, full)
-        wide[: len(H), : len(H)] = H
-        if not inverse_factor_of(wide, added, room):
-            return False
-        out.copy_(room[: len(H), : len(H)])
-        return True
     H = H.contiguous()
     size = len(H)
     tiles = -(-size // ROWS)
