@@ -102,7 +102,7 @@ def solve_group(
         stack = [layers[i] for i in members], [weights[i] for i in members]
         if _method(planned, stack[0]).solver_name == "gptq":
             couplings, last = _couplings(stack[0], coupling), len(stacks) == 1
-            seen = statistics if last else _of_members(statistics, weights, members)
+            seen = _of_members(statistics, weights, members)
             solved |= _solved_together(*stack, seen, planned, notes, s, couplings, keep_gram=not last)
         else:
             solved |= _rounded_together(*stack, statistics, planned, notes, s)
@@ -116,7 +116,7 @@ def solve_group(
 
 def _of_members(statistics: Statistics, weights: Sequence[torch.Tensor], members: Sequence[int]) -> Statistics:
     """The statistic with the drift of some of the weights that it was gathered for."""
-    if statistics.drift is None:
+    if statistics.drift is None or len(members) == len(weights):
         return statistics
     rows = torch.split(torch.arange(sum(map(len, weights))), [len(weight) for weight in weights])
     return replace(statistics, drift=statistics.drift.of_rows(torch.cat([rows[member] for member in members])))

@@ -83,4 +83,10 @@ def test_closeness_is_by_predictions_not_by_logits() -> None:
     rounded = exact.clone()
     rounded[:, 0] = -60
     assert is_close(exact, rounded)
-    assert 0 < MOST_KL < 0.1
+    # Just on either side of what is borne: all of them one way, by so much.
+    flat = torch.zeros(1, 2)
+    for share, borne in ((0.9, True), (1.1, False)):
+        p = torch.linspace(0.5, 0.9, 4001, dtype=torch.float64)
+        divergence = -0.5 * (4 * p * (1 - p)).log()
+        nearest = p[(divergence - share * MOST_KL).abs().argmin()]
+        assert is_close(flat, torch.stack([nearest, 1 - nearest])[None].log()) == borne
