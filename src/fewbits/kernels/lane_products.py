@@ -72,7 +72,7 @@ def _add(
 
 
 # Written out for both signs, and inlined by Numba. As a function of its own, each is optimized once alone and once more
-# in every caller's cached code, and LLVM 20 then lost half a column's sums where fewer than four numbers were left.
+# in every caller's cached code, and LLVM 22 then lost half a column's sums where fewer than four numbers were left.
 _add_some, _add_single = add_lanes(COLUMNS, False), add_lanes(1, False)
 _subtract_some, _subtract_single = add_lanes(COLUMNS, True), add_lanes(1, True)
 
