@@ -1,7 +1,9 @@
 """Compiled coordinate descent: what a sweep could not know when it chose, put right.
 
 With E = W − Ŵ the loss is E H Eᵀ, so changing one decoded weight by δ changes it by δ²Hⱼⱼ − 2δ(EH)ⱼ, and the best step
-on the grid is the nearest to (EH)ⱼ / Hⱼⱼ. No step ever makes the loss larger. Laid out as the sweep is.
+on the grid is the nearest to (EH)ⱼ / Hⱼⱼ. No step ever makes the loss larger. The first pass computes EH block by block;
+few codes change in a pass (at 4 bits 7, 3 and 2 of a hundred), so from then on it is kept up to date, a row of H for each
+change. Laid out as the sweep is, but for EH, whose rows lie as they are.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ from numba import njit
 
 from fewbits.kernels.lane_columns import descend_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, add_products, subtract_products
+from fewbits.kernels.listed_rows import subtract_listed
 from fewbits.kernels.threads import over_rows
 
 _descend_some, _descend_one = descend_columns(COLUMNS), descend_columns(1)
-# Columns whose gradients are computed together, and then kept up to date.
+# Columns that are chosen before their changes are pushed into others.
 BLOCK = 128
+# Columns that changes are pushed into together: as much of the block's rows of H stays in the second-level cache.
+PUSHED = 1024
+# Numbers of EH that a thread keeps at a time, of some runs of ROWS rows: all of them use what was read of H.
+KEPT = 1 << 20
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -30,10 +37,10 @@ def _descend_block(
     stride = np.int64(H.strides[0])
     first = start
     while first < stop:
-        at = first * COLUMN_BYTES
-        pulls, block = local.ctypes.data + (first - start) * COLUMN_BYTES, H.ctypes.data + first * (stride + 4)
+        at, inside = first * COLUMN_BYTES, (first - start) * COLUMN_BYTES
+        pulls, block = local.ctypes.data + inside, H.ctypes.data + first * (stride + 4)
         own_scales, own_codes, own_misses = scales.ctypes.data + at, codes.ctypes.data + at, misses.ctypes.data + at
-        taken, won = steps.ctypes.data, gain.ctypes.data
+        taken, won = steps.ctypes.data + inside, gain.ctypes.data
         some = COLUMNS if first + COLUMNS <= stop else 1
         if some == COLUMNS:
             moved = _descend_some(pulls, block, stride, own_scales, own_codes, own_misses, taken, won, top_code)
@@ -45,42 +52,92 @@ def _descend_block(
         first += some
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _list_changes(H: Any, start: Any, count: Any, steps: Any, listed: Any, changes: Any, counts: Any) -> None:
+    """Which rows of H the steps [count, ROWS] of columns from `start` on are pushed by, for each of ROWS rows."""
+    stride = np.int64(H.strides[0])
+    for lane in range(ROWS):
+        found = 0
+        for j in range(count):
+            if steps[j, lane] != np.float32(0.0):
+                listed[lane, found] = H.ctypes.data + (start + j) * stride
+                changes[lane, found] = steps[j, lane]
+                found += 1
+        counts[lane] = found
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _push(listed: Any, changes: Any, counts: Any, first: Any, stop: Any, pulls: Any) -> None:
+    """Take off rows of EH, columns first to stop, what the changes listed for each of them make there."""
+    for tile in range(first, stop, PUSHED):
+        behind = min(tile + PUSHED, stop)
+        for row in range(len(pulls)):
+            if counts[row] > 0:
+                subtract_listed(listed[row], changes[row], counts[row], tile, behind, pulls[row])
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _side_by_side(W: Any, order: Any, group: Any, scales: Any, zeros: Any, codes: Any, sides: Any) -> None:
+    """Lay up to ROWS rows side by side: what they miss of W, their codes and their scales, [3, columns, ROWS]."""
+    misses, chosen, wide = sides
+    count = len(W)
+    if count < ROWS:
+        misses[:], chosen[:], wide[:] = np.float32(0.0), np.float32(0.0), np.float32(1.0)
+    for k in range(len(order)):
+        channel = order[k]
+        number = channel // group
+        for lane in range(count):
+            scale, code = scales[lane, number], np.float32(codes[lane, channel])
+            wide[k, lane] = scale
+            chosen[k, lane] = code
+            misses[k, lane] = W[lane, channel] - (code - np.float32(zeros[lane, number])) * scale
+
+
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _descend(
-    W: Any, order: Any, H: Any, group: Any, block: Any, passes: Any, top_code: Any, scales: Any, zeros: Any, codes: Any,
+    W: Any, order: Any, H: Any, group: Any, passes: Any, top_code: Any, scales: Any, zeros: Any, codes: Any,
     missed: Any, gained: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
     """Descend in runs of ROWS rows, those numbered begin to end."""
     rows, width = W.shape
     stride = np.int64(H.strides[0])
-    for run in range(begin, end):
-        first = run * ROWS
-        count = min(ROWS, rows - first)
-        misses, chosen = np.zeros((width, ROWS), np.float32), np.zeros((width, ROWS), np.float32)
-        wide = np.ones((width, ROWS), np.float32)
-        for k in range(width):
-            channel = order[k]
-            number = channel // group
-            for lane in range(count):
-                scale, code = scales[first + lane, number], np.float32(codes[first + lane, channel])
-                wide[k, lane] = scale
-                chosen[k, lane] = code
-                misses[k, lane] = W[first + lane, channel] - (code - np.float32(zeros[first + lane, number])) * scale
-        local, steps = np.empty((block, ROWS), np.float32), np.empty((COLUMNS, ROWS), np.float32)
-        for _ in range(passes):
-            for start in range(0, width, block):
-                stop = min(start + block, width)
-                gain = np.zeros(ROWS, np.float32)
-                local[:] = np.float32(0.0)
-                matrix = H.ctypes.data + start * stride
-                add_products(matrix, stride, misses.ctypes.data, width, local.ctypes.data, stop - start)
-                _descend_block(H, start, stop, wide, top_code, chosen, misses, local, steps, gain)
-                for lane in range(count):
-                    gained[first + lane] += np.float64(gain[lane])
-        for lane in range(count):
-            for k in range(width):
-                codes[first + lane, order[k]] = np.uint8(np.int32(chosen[k, lane]))
-                missed[first + lane, order[k]] = misses[k, lane]
+    most = min(max(1, KEPT // (ROWS * width)), end - begin)
+    sides, pulls = np.empty((most, 3, width, ROWS), np.float32), np.empty((most * ROWS, width), np.float32)
+    listed, changes = np.empty((most * ROWS, BLOCK), np.int64), np.empty((most * ROWS, BLOCK), np.float32)
+    counts, gain = np.empty(most * ROWS, np.int64), np.empty(ROWS, np.float32)
+    local, steps = np.empty((BLOCK, ROWS), np.float32), np.empty((BLOCK, ROWS), np.float32)
+    for panel in range(begin, end, most):
+        runs = min(most, end - panel)
+        for run in range(runs):
+            own = slice((panel + run) * ROWS, (panel + run + 1) * ROWS)
+            _side_by_side(W[own], order, group, scales[own], zeros[own], codes[own], sides[run])
+        for turn in range(passes):
+            for start in range(0, width, BLOCK):
+                stop = min(start + BLOCK, width)
+                for run in range(runs):
+                    first, own = (panel + run) * ROWS, slice(run * ROWS, (run + 1) * ROWS)
+                    misses, chosen, wide = sides[run]
+                    if turn == 0:
+                        local[:] = np.float32(0.0)
+                        matrix = H.ctypes.data + start * stride
+                        add_products(matrix, stride, misses.ctypes.data, width, local.ctypes.data, stop - start)
+                        pulls[own, start:stop] = local[: stop - start].T
+                    else:
+                        local[: stop - start] = pulls[own, start:stop].T
+                    gain[:] = np.float32(0.0)
+                    _descend_block(H, start, stop, wide, top_code, chosen, misses, local, steps, gain)
+                    for lane in range(min(ROWS, rows - first)):
+                        gained[first + lane] += np.float64(gain[lane])
+                    _list_changes(H, start, stop - start, steps, listed[own], changes[own], counts[own])
+                # The first pass has yet to compute the columns behind; after the last nobody asks for those before.
+                behind, until = stop if turn == passes - 1 else 0, stop if turn == 0 else width
+                _push(listed, changes, counts, behind, until, pulls[: runs * ROWS])
+        for run in range(runs):
+            first = (panel + run) * ROWS
+            for lane in range(min(ROWS, rows - first)):
+                for k in range(width):
+                    codes[first + lane, order[k]] = np.uint8(np.int32(sides[run, 1, k, lane]))
+                    missed[first + lane, order[k]] = sides[run, 0, k, lane]
 
 
 def descend_rows(
@@ -106,7 +163,7 @@ def descend_rows(
     """
     gained, missed = torch.zeros(len(W), dtype=torch.float64), torch.empty(W.shape)
     given = (
-        W.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), group, BLOCK, passes, np.float32(largest_code),
+        W.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), group, passes, np.float32(largest_code),
         scales.numpy(), zeros.numpy(), codes.numpy(), missed.numpy(), gained.numpy(),
     )  # fmt: skip
     over_rows(-(-len(W) // ROWS), ROWS * W.shape[1] ** 2, lambda begin, end: _descend(*given, begin, end))
