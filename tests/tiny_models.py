@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 from fewbits.formats import FORMATS
 from fewbits.methods import QuantMethod
-from fewbits.packing import seal
-from fewbits.tensors import QuantizedWeight
+from fewbits.tensors import QuantizedWeight, seal
 
 FORMAT = FORMATS["compressed-tensors"]
 CONFIG: dict[str, Any] = {"model_type": "llama", "vocab_size": 48, "hidden_size": 64, "tie_word_embeddings": False}

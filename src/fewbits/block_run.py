@@ -324,6 +324,9 @@ class BlockRun:
         places = [(slot, part) for slot in group.slots for part in self._parts[slot.parameter, slot.expert]]
         weights = [self._stored(slot, part).cpu() for slot, part in places]
         with returned_blocks():
+            if self._forward.pager is not None:
+                # Again: what finished the statistics is free by now, and solving needs the most.
+                return_free_memory()
             if group.place is not None and group.sample is not None and self._folding is not None:
                 solved = self._folding.solve(layers, weights, statistics, group.place, group.sample.rows)
             else:

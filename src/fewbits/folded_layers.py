@@ -12,10 +12,10 @@ from fewbits.absorbing import FileEdits, FoldPlace, absorb
 from fewbits.fold_records import FoldRecord, unscaled
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
-from fewbits.packing import decode
 from fewbits.plan import PlannedLayer
 from fewbits.solve_layers import TOKENS_PER_CHANNEL, Coupling, Scaling, SolvedLayer, solve_group
 from fewbits.statistics import Statistics
+from fewbits.tensors import decode
 from fewbits.transforms.ties import Ties
 
 

@@ -1,4 +1,4 @@
-"""Packing: codes of 1 to 8 bits as little-endian streams of 32-bit words, and weights sealed into them.
+"""Packing: codes of 1 to 8 bits as little-endian streams of 32-bit words, and what codes stand for.
 
 Field i of a stream takes bits [i·b, (i+1)·b), counted from the least significant bit of word 0 upward. This is the
 portable form; it moves whole fields with integer arithmetic and is the oracle of the compiled kernels.
@@ -10,9 +10,7 @@ import math
 
 import torch
 
-from fewbits.methods import QuantMethod
 from fewbits.schemes import Scheme
-from fewbits.tensors import QuantizedWeight
 
 # Codes widened to 64 bits at a time.
 WIDENED = 1 << 22
@@ -95,58 +93,9 @@ def unpack_columns(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
     return unpack_rows(words.t().contiguous(), bits, rows).t().contiguous()
 
 
-def seal(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, method: QuantMethod) -> QuantizedWeight:
-    """Put a solver's codes into the form that kernels run on and formats write.
-
-    Args:
-        codes: uint8 [N, K], unsigned; float8_e4m3fn for fp8; int8 signed codes are taken as they are at 8 bits.
-        scales: [N, G] in the stored dtype. zeros: uint8 [N, G], unsigned; None if symmetric.
-    """
-    shape = (codes.shape[0], codes.shape[1])
-    if method.scheme.bits < 8:
-        codes = pack_rows(codes, method.scheme.bits)
-    return seal_packed(codes, scales, zeros, shape, method)
-
-
-def seal_packed(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    shape: tuple[int, int],
-    method: QuantMethod,
-) -> QuantizedWeight:
-    """`seal` for codes that are packed already where they are narrower than 8 bits."""
-    if codes.dtype == torch.uint8:
-        codes = flip_top_bit(codes, torch.int8)
-        zeros = None if zeros is None else flip_top_bit(zeros, torch.int8)
-    return QuantizedWeight(codes, scales, zeros, shape, method, method.scheme.group_size)
-
-
-def open_codes(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Inverse of `seal`: codes (uint8 unsigned, or float8), scales, zeros (uint8 unsigned, or None)."""
-    scheme = weight.method.scheme
-    if scheme.kind == "float":
-        return weight.data, weight.scales, None
-    if scheme.bits == 8:
-        zeros = None if weight.zero_points is None else flip_top_bit(weight.zero_points, torch.uint8)
-        return flip_top_bit(weight.data, torch.uint8), weight.scales, zeros
-    return unpack_rows(weight.data, scheme.bits, weight.shape[1]), weight.scales, weight.zero_points
-
-
 def flip_top_bit(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """8-bit codes from signed to unsigned or back: adding or taking 128 flips the top bit."""
     return (codes.contiguous().view(torch.uint8) ^ 0x80).view(dtype)
-
-
-def decode(weight: QuantizedWeight) -> torch.Tensor:
-    """W = (code − zero) · scale in fp32, [N, K], inputs in the model's order."""
-    codes, scales, zeros = open_codes(weight)
-    values = decode_codes(codes, scales, zeros, weight.method.scheme)
-    if weight.input_order is None:
-        return values
-    restored = torch.empty_like(values)
-    restored[:, weight.input_order] = values
-    return restored
 
 
 def decode_codes(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:

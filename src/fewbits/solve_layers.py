@@ -13,7 +13,6 @@ from fewbits.layers import LinearLayer
 from fewbits.layout import torch_dtype
 from fewbits.methods import QuantMethod
 from fewbits.notes import Note
-from fewbits.packing import decode, seal
 from fewbits.plan import PlannedLayer
 from fewbits.report import LayerRecord, layer_record
 from fewbits.scale_limits import count_at_limit, note_at_limit
@@ -22,7 +21,7 @@ from fewbits.solvers import gptq
 from fewbits.solvers.gptq_options import DEFAULTS
 from fewbits.solvers.rtn import quantize_rows
 from fewbits.statistics import Statistics
-from fewbits.tensors import QuantizedWeight
+from fewbits.tensors import QuantizedWeight, decode, seal
 from fewbits.transforms import TRANSFORMS
 from fewbits.transforms.problem import ScaleProblem
 from fewbits.transforms.ties import Ties

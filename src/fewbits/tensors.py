@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbits.methods import QuantMethod
+from fewbits.packing import decode_codes, flip_top_bit, pack_rows, unpack_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,53 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode to [out, in], inputs in the model's order: fp32, rounded once to `dtype` (the scales' by default)."""
-        from fewbits.packing import decode
-
         return decode(self).to(dtype or self.scales.dtype)
+
+
+def seal(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, method: QuantMethod) -> QuantizedWeight:
+    """Put a solver's codes into the form that kernels run on and formats write.
+
+    Args:
+        codes: uint8 [N, K], unsigned; float8_e4m3fn for fp8; int8 signed codes are taken as they are at 8 bits.
+        scales: [N, G] in the stored dtype. zeros: uint8 [N, G], unsigned; None if symmetric.
+    """
+    shape = (codes.shape[0], codes.shape[1])
+    if method.scheme.bits < 8:
+        codes = pack_rows(codes, method.scheme.bits)
+    return seal_packed(codes, scales, zeros, shape, method)
+
+
+def seal_packed(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    shape: tuple[int, int],
+    method: QuantMethod,
+) -> QuantizedWeight:
+    """`seal` for codes that are packed already where they are narrower than 8 bits."""
+    if codes.dtype == torch.uint8:
+        codes = flip_top_bit(codes, torch.int8)
+        zeros = None if zeros is None else flip_top_bit(zeros, torch.int8)
+    return QuantizedWeight(codes, scales, zeros, shape, method, method.scheme.group_size)
+
+
+def open_codes(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Inverse of `seal`: codes (uint8 unsigned, or float8), scales, zeros (uint8 unsigned, or None)."""
+    scheme = weight.method.scheme
+    if scheme.kind == "float":
+        return weight.data, weight.scales, None
+    if scheme.bits == 8:
+        zeros = None if weight.zero_points is None else flip_top_bit(weight.zero_points, torch.uint8)
+        return flip_top_bit(weight.data, torch.uint8), weight.scales, zeros
+    return unpack_rows(weight.data, scheme.bits, weight.shape[1]), weight.scales, weight.zero_points
+
+
+def decode(weight: QuantizedWeight) -> torch.Tensor:
+    """W = (code − zero) · scale in fp32, [N, K], inputs in the model's order."""
+    codes, scales, zeros = open_codes(weight)
+    values = decode_codes(codes, scales, zeros, weight.method.scheme)
+    if weight.input_order is None:
+        return values
+    restored = torch.empty_like(values)
+    restored[:, weight.input_order] = values
+    return restored

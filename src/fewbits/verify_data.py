@@ -16,10 +16,10 @@ from fewbits.fold_records import FoldRecord, differing, misfit, unscaled
 from fewbits.formats import Format
 from fewbits.layout import WEIGHT_DTYPES, OutputTensor, TensorEntry
 from fewbits.manifest import MANIFEST, Manifest
-from fewbits.packing import decode
 from fewbits.problems import Problem
 from fewbits.progress import Progress
 from fewbits.schemes import Scheme
+from fewbits.tensors import decode
 
 # A decoded tile in fp32 takes this, its source and its error as much again.
 TILE_BYTES = 16 * 2**20

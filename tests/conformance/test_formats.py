@@ -10,9 +10,8 @@ import torch
 from fewbits.formats import FORMATS, format_of_config
 from fewbits.layout import stored_dtype, torch_dtype
 from fewbits.methods import GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod
-from fewbits.packing import open_codes, seal
 from fewbits.schemes import Scheme
-from fewbits.tensors import QuantizedWeight
+from fewbits.tensors import QuantizedWeight, open_codes, seal
 
 METHODS: tuple[QuantMethod, ...] = (
     Int8Symmetric(),

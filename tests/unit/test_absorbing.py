@@ -8,8 +8,8 @@ import torch
 from fewbits.absorbing import FileEdits, FoldPlace, absorb
 from fewbits.folds import Fold
 from fewbits.methods import AWQ, Int8Symmetric
-from fewbits.packing import decode
 from fewbits.skeleton import Part
+from fewbits.tensors import decode
 from fewbits.watching import Slot
 from tiny_models import rounded
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fewbits.errors import CheckpointError
 from fewbits.formats import awq as format
 from fewbits.methods import Int4Asymmetric
-from fewbits.packing import seal
 from fewbits.schemes import Scheme
+from fewbits.tensors import seal
 
 NIBBLE_TO_COLUMN = {0: 0, 1: 2, 2: 4, 3: 6, 4: 1, 5: 3, 6: 5, 7: 7}
 G32 = Scheme("int", 4, symmetric=False, group_size=32)

@@ -18,8 +18,8 @@ from fewbits.errors import CheckpointError
 from fewbits.formats import compressed_tensors as format
 from fewbits.formats.targets import matches, targets_by_label
 from fewbits.methods import GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric
-from fewbits.packing import seal
 from fewbits.schemes import Scheme
+from fewbits.tensors import seal
 
 GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "compressed_tensors.safetensors")
 CASES = sorted({name.rpartition(".")[0] for name in GOLDEN if name.endswith(".codes") and name[0].isdigit()})

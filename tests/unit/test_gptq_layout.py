@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fewbits.errors import CheckpointError
 from fewbits.formats import FORMATS
 from fewbits.methods import GPTQ, Int8Symmetric
-from fewbits.packing import seal
 from fewbits.schemes import Scheme
+from fewbits.tensors import seal
 
 V1, V2 = FORMATS["gptq"], FORMATS["gptq_v2"]
 BITS = (2, 3, 4, 8)

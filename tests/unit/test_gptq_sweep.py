@@ -127,6 +127,31 @@ def test_descent_tells_exactly_what_it_gained_and_ends_where_no_single_change_he
             codes[:, j] = (codes[:, j].int() - change).to(torch.uint8)
 
 
+def test_rows_come_out_the_same_however_they_are_split() -> None:
+    # So many that one thread takes them in two portions, and so wide that changes are pushed in two.
+    rows, width, scheme = 1000, 1111, Scheme("int", 4, False, 11)
+    W, H = problem(width, rows)
+    H.diagonal().add_(0.1 * H.diagonal().mean())
+    U = torch.linalg.cholesky(torch.linalg.inv(H.double()), upper=True).float()
+    order = torch.arange(width)
+
+    def solved(part: torch.Tensor) -> list[torch.Tensor]:
+        scales, zeros = torch.empty(len(part), 101), torch.empty(len(part), 101, dtype=torch.uint8)
+        codes, losses = sweep_rows(part, order, U, scheme, torch.bfloat16, Search(2, 0.9), scales, zeros, 11)
+        gained, missed = descend_rows(part, order, H, 11, 3, 15, scales, zeros, codes)
+        return [codes, losses, scales, zeros, gained, missed, quadratic(missed, order, H)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = solved(W)
+    finally:
+        torch.set_num_threads(threads)
+    parts = [torch.cat(each) for each in zip(*(solved(part) for part in W.split([37, 513, 450])), strict=True)]
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+    torch.testing.assert_close(whole[-1], whole[1] - whole[4], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (40, 63), (33, 64), (70, 200)])
 def test_quadratic_forms_are_those_in_fp64(rows: int, width: int) -> None:
     W, H = problem(width, rows)

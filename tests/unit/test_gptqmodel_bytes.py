@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from fewbits.formats import FORMATS
 from fewbits.methods import GPTQ, Int4Asymmetric
-from fewbits.packing import seal
 from fewbits.schemes import Scheme
+from fewbits.tensors import seal
 
 GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "gptqmodel.safetensors")
 CASES = sorted({name.removesuffix(".codes") for name in GOLDEN if name.startswith("gptq.") and "codes" in name})

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.methods import GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, QuantMethod
-from fewbits.packing import decode, open_codes, pack_columns, pack_rows, seal, unpack_columns, unpack_rows, words_for
+from fewbits.packing import pack_columns, pack_rows, unpack_columns, unpack_rows, words_for
+from fewbits.tensors import decode, open_codes, seal
 
 
 def packed_bit_by_bit(codes: list[int], bits: int) -> list[int]:

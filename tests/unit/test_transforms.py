@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fewbits.methods import AWQ, QuantMethod, SmoothQuant
-from fewbits.packing import decode
 from fewbits.search import MINMAX, Search
 from fewbits.solvers.rtn import quantize_rows
 from fewbits.statistics import StatisticsAccumulator
+from fewbits.tensors import decode
 from fewbits.transforms import TRANSFORMS
 from fewbits.transforms.problem import Rounding, ScaleProblem
 from fewbits.transforms.ties import Ties

@@ -1,9 +1,9 @@
 """Compiled coordinate descent: what a sweep could not know when it chose, put right.
 
 With E = W − Ŵ the loss is E H Eᵀ, so changing one decoded weight by δ changes it by δ²Hⱼⱼ − 2δ(EH)ⱼ, and the best step
-on the grid is the nearest to (EH)ⱼ / Hⱼⱼ. No step ever makes the loss larger. The first pass computes EH block by block;
-few codes change in a pass (at 4 bits 7, 3 and 2 of a hundred), so from then on it is kept up to date, a row of H for each
-change. Laid out as the sweep is, but for EH, whose rows lie as they are.
+on the grid is the nearest to (EH)ⱼ / Hⱼⱼ. No step ever makes the loss larger. The first pass computes EH block by
+block; few codes change in a pass (at 4 bits 7, 3 and 2 of a hundred), so from then on it is kept up to date, a row of H
+for each change. Laid out as the sweep is, but for EH, whose rows lie as they are.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _list_changes(H: Any, start: Any, count: Any, steps: Any, listed: Any, chang
         counts[lane] = found
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _push(listed: Any, changes: Any, counts: Any, first: Any, stop: Any, pulls: Any) -> None:
     """Take off rows of EH, columns first to stop, what the changes listed for each of them make there."""
     for tile in range(first, stop, PUSHED):

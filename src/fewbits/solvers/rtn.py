@@ -8,9 +8,8 @@ import torch
 
 from fewbits.kernels.rounding import round_rows
 from fewbits.methods import QuantMethod
-from fewbits.packing import seal_packed
 from fewbits.search import DATA_FREE_SEARCH, Search
-from fewbits.tensors import QuantizedWeight
+from fewbits.tensors import QuantizedWeight, seal_packed
 
 
 @dataclass(frozen=True)
