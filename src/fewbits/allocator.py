@@ -16,7 +16,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 # Blocks from this size on are mapped on their own, and so much free memory is kept at the heap's end: what a block's
 # forward and backward need again for every micro-batch. With 8 MB and 64 MB importance and the pass took 1.08 times as
 # long for Gemma 3 270M, and 1.13 times for a model of width 3072.
-MAPPED_BYTES, KEPT_BYTES = 32 << 20, 256 << 20
+MAPPED_BYTES, KEPT_BYTES = 32 << 20, 128 << 20
 # The same for steps whose temporaries are few, and would leave holes in the heap when memory is needed most.
 FEW_MAPPED_BYTES, FEW_KEPT_BYTES = 8 << 20, 64 << 20
 
