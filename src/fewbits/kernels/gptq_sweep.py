@@ -26,8 +26,6 @@ STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # What is known of each row's group beyond its grid (lane_columns): the range, and the best grid so far.
 LOWEST, HIGHEST, WIDE, NARROW, LEAST, BEST, BEST_ZERO = range(GRID_ROWS, GRID_ROWS + 7)
 LANE_ROWS = GRID_ROWS + 7
-# Numbers of rows that a thread pushes into with what it reads of the factor before it reads on.
-KEPT = 1 << 20
 _sweep_some, _sweep_one = sweep_columns(COLUMNS), sweep_columns(1)
 
 
@@ -129,51 +127,44 @@ def _find_grid(
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _sweep(
     W: Any, order: Any, factor: Any, group: Any, step: Any, factors: Any, symmetric: Any, top_code: Any, dropped: Any,
-    smallest: Any, most_scale: Any, scales: Any, zeros: Any, codes: Any, losses: Any, begin: Any, end: Any,
+    smallest: Any, most: Any, scales: Any, zeros: Any, codes: Any, losses: Any, begin: Any, end: Any,
 ) -> None:  # fmt: skip
     """Sweep runs of ROWS rows, those numbered begin to end."""
     rows, width = W.shape
-    most = min(max(1, KEPT // (ROWS * width)), end - begin)
-    panels = np.zeros((most, width, ROWS), np.float32)
-    local, errors = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
-    chosen = np.empty((step, ROWS), np.float32)
-    lanes = np.ones((LANE_ROWS, ROWS), np.float32)
-    for first_run in range(begin, end, most):
-        runs = min(most, end - first_run)
-        for run in range(runs):
-            first = (first_run + run) * ROWS
-            if rows - first < ROWS:
-                panels[run] = np.float32(0.0)
-            for lane in range(min(ROWS, rows - first)):
-                for k in range(width):
-                    panels[run, k, lane] = W[first + lane, order[k]]
+    for run in range(begin, end):
+        first = run * ROWS
+        count = min(ROWS, rows - first)
+        panel = np.zeros((width, ROWS), np.float32)
+        for lane in range(count):
+            for k in range(width):
+                panel[k, lane] = W[first + lane, order[k]]
+        local, errors = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
+        chosen = np.empty((step, ROWS), np.float32)
+        lanes = np.ones((LANE_ROWS, ROWS), np.float32)
         for start in range(0, width, step):
             stop = min(start + step, width)
             number = order[start] // group
-            for run in range(runs):
-                first = (first_run + run) * ROWS
-                count = min(ROWS, rows - first)
-                columns = panels[run, start:stop]
-                if len(factors) > 0:
-                    _find_grid(
-                        columns, local[: stop - start], factor, start, factors, symmetric, top_code, dropped, smallest,
-                        most_scale, lanes, chosen, errors,
-                    )  # fmt: skip
-                    for lane in range(count):
-                        scales[first + lane, number] = lanes[SCALE, lane]
-                        zeros[first + lane, number] = np.uint8(np.int32(-lanes[LOW, lane]))
-                else:
-                    for lane in range(count):
-                        lanes[SCALE, lane] = scales[first + lane, number]
-                        lanes[LOW, lane] = -np.float32(zeros[first + lane, number])
-                        lanes[HIGH, lane] = top_code + lanes[LOW, lane]
-                _sweep_group(columns, factor, start, lanes, chosen, errors)
-                rest = panels[run].ctypes.data + stop * COLUMN_BYTES
-                _push(factor, stop, width, start, stop - start, errors.ctypes.data, rest)
+            columns = panel[start:stop]
+            if len(factors) > 0:
+                _find_grid(
+                    columns, local[: stop - start], factor, start, factors, symmetric, top_code, dropped, smallest,
+                    most, lanes, chosen, errors,
+                )  # fmt: skip
                 for lane in range(count):
-                    losses[first + lane] += np.float64(lanes[LOSS, lane])
-                    for j in range(stop - start):
-                        codes[first + lane, order[start + j]] = np.uint8(np.int32(chosen[j, lane]))
+                    scales[first + lane, number] = lanes[SCALE, lane]
+                    zeros[first + lane, number] = np.uint8(np.int32(-lanes[LOW, lane]))
+            else:
+                for lane in range(count):
+                    lanes[SCALE, lane] = scales[first + lane, number]
+                    lanes[LOW, lane] = -np.float32(zeros[first + lane, number])
+                    lanes[HIGH, lane] = top_code + lanes[LOW, lane]
+            _sweep_group(columns, factor, start, lanes, chosen, errors)
+            rest = panel.ctypes.data + stop * COLUMN_BYTES
+            _push(factor, stop, width, start, stop - start, errors.ctypes.data, rest)
+            for lane in range(count):
+                losses[first + lane] += np.float64(lanes[LOSS, lane])
+                for j in range(stop - start):
+                    codes[first + lane, order[start + j]] = np.uint8(np.int32(chosen[j, lane]))
 
 
 def sweep_rows(

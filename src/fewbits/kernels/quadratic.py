@@ -13,39 +13,33 @@ from fewbits.kernels.threads import over_rows
 
 # Columns of H that are multiplied together.
 BLOCK = 64
-# Numbers of rows that a thread multiplies by what it reads of H before it reads on.
-KEPT = 1 << 20
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _quadratic(rows: Any, order: Any, H: Any, totals: Any, begin: Any, end: Any) -> None:
     number, width = rows.shape
     stride = np.int64(H.strides[0])
-    most = min(max(1, KEPT // (ROWS * width)), end - begin)
-    panels, sums = np.zeros((most, width, ROWS), np.float32), np.empty((BLOCK, ROWS), np.float32)
-    for panel in range(begin, end, most):
-        runs = min(most, end - panel)
-        for run in range(runs):
-            first = (panel + run) * ROWS
-            for lane in range(min(ROWS, number - first)):
-                for k in range(width):
-                    panels[run, k, lane] = rows[first + lane, order[k]]
+    for run in range(begin, end):
+        first = run * ROWS
+        count = min(ROWS, number - first)
+        panel, sums = np.zeros((width, ROWS), np.float32), np.empty((BLOCK, ROWS), np.float32)
+        for lane in range(count):
+            for k in range(width):
+                panel[k, lane] = rows[first + lane, order[k]]
         for start in range(0, width, BLOCK):
             some = min(BLOCK, width - start)
             matrix = H.ctypes.data + start * stride
-            for run in range(runs):
-                first, columns = (panel + run) * ROWS, panels[run]
-                sums[:] = np.float32(0.0)
-                if start > 0:
-                    add_products(matrix, stride, columns.ctypes.data, start, sums.ctypes.data, some)
-                sums *= np.float32(2.0)
-                own = columns.ctypes.data + start * COLUMN_BYTES
-                add_products(matrix + 4 * start, stride, own, some, sums.ctypes.data, some)
-                for lane in range(min(ROWS, number - first)):
-                    total = np.float32(0.0)
-                    for k in range(some):
-                        total += sums[k, lane] * columns[start + k, lane]
-                    totals[first + lane] += np.float64(total)
+            sums[:] = np.float32(0.0)
+            if start > 0:
+                add_products(matrix, stride, panel.ctypes.data, start, sums.ctypes.data, some)
+            sums *= np.float32(2.0)
+            own = panel.ctypes.data + start * COLUMN_BYTES
+            add_products(matrix + 4 * start, stride, own, some, sums.ctypes.data, some)
+            for lane in range(count):
+                total = np.float32(0.0)
+                for k in range(some):
+                    total += sums[k, lane] * panel[start + k, lane]
+                totals[first + lane] += np.float64(total)
 
 
 def quadratic(rows: torch.Tensor, order: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
