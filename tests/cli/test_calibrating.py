@@ -158,7 +158,7 @@ def test_text_without_a_tokenizer_says_so(cli: Cli, source: Path, tmp_path: Path
     (tmp_path / "some.txt").write_text("Some text. " * 100)
     outcome = cli("quantize", source, "out", *GPTQ, "--calibration", "some.txt")
     assert outcome.status == 2
-    assert outcome.err.startswith("CalibrationError: source: its tokenizer cannot be loaded: ")
+    assert outcome.err.startswith("CheckpointError: source: its tokenizer cannot be loaded: ")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -97,7 +97,7 @@ def test_a_folder_without_a_tokenizer_is_refused(cli: Cli, folder: Path, tmp_pat
             (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
     outcome = cli("generate", "bare", "w3")
     assert (outcome.status, outcome.out) == (2, "")
-    assert outcome.err.startswith("CheckpointError: bare: no usable tokenizer")
+    assert outcome.err.startswith("CheckpointError: bare: its tokenizer cannot be loaded")
 
 
 def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(cli: Cli) -> None:

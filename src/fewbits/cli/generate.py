@@ -38,9 +38,9 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Write text, and say how fast it came. Interrupted, what is written stands, and the exit status is 130."""
-    from fewbits.decoded import load_tokenizer
     from fewbits.generate import Generator, Sampling, TextStream, prompt_tokens
     from fewbits.load import load
+    from fewbits.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_p, seed)
     tokenizer = load_tokenizer(directory)
