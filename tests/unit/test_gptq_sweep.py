@@ -7,7 +7,7 @@ import torch
 
 from fewbits.kernels.gptq_descent import descend_rows
 from fewbits.kernels.gptq_sweep import sweep_rows
-from fewbits.kernels.quadratic import quadratic
+from fewbits.kernels.quadratic import quadratic, squares
 from fewbits.numerics import candidate_grids
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
@@ -183,3 +183,12 @@ def test_scales_chosen_by_sweeping_lose_less_than_those_chosen_by_rounding(symme
     rounded = gptq.solve(W, scheme, torch.bfloat16, H, GptqOptions(swept=None, passes=0))
     swept = gptq.solve(W, scheme, torch.bfloat16, H, GptqOptions(passes=0))
     assert loss_of(W, swept.decoded, H).sum() < loss_of(W, rounded.decoded, H).sum()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 63), (700, 200)])
+def test_squares_are_those_in_fp64(rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    W, weights = torch.randn(rows, width, generator=generator), torch.rand(width, generator=generator)
+    totals, weighted = squares(W, weights)
+    torch.testing.assert_close(totals, W.double().square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(weighted, W.double().square() @ weights.double(), rtol=1e-12, atol=0)

@@ -1,4 +1,4 @@
-"""Compiled rows · H · rowsᵀ, its diagonal alone, from the lower triangle of H."""
+"""Compiled rows · H · rowsᵀ, its diagonal alone, from the lower triangle of H; and where H is diagonal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from fewbits.kernels.compiling import SUMS
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products
 from fewbits.kernels.threads import over_rows
 
@@ -52,3 +53,23 @@ def quadratic(rows: torch.Tensor, order: torch.Tensor, H: torch.Tensor) -> torch
     given = rows.contiguous().numpy(), order.numpy(), H.contiguous().numpy(), totals.numpy()
     over_rows(-(-len(rows) // ROWS), ROWS * len(H) ** 2, lambda begin, end: _quadratic(*given, begin, end))
     return totals
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=SUMS)  # type: ignore[untyped-decorator]
+def _squares(rows: Any, weights: Any, totals: Any, weighted: Any, begin: Any, end: Any) -> None:
+    for row in range(begin, end):
+        numbers = rows[row]
+        total, by_weight = np.float64(0.0), np.float64(0.0)
+        for k in range(numbers.size):
+            square = np.float64(numbers[k]) * np.float64(numbers[k])
+            total += square
+            by_weight += square * np.float64(weights[k])
+        totals[row], weighted[row] = total, by_weight
+
+
+def squares(rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ r² and Σ wₖ rₖ² of each row, fp64 [n]. rows: fp32 [n, K]. weights: fp32 [K]."""
+    totals, weighted = (torch.empty(len(rows), dtype=torch.float64) for _ in range(2))
+    given = rows.contiguous().numpy(), weights.contiguous().numpy(), totals.numpy(), weighted.numpy()
+    over_rows(len(rows), rows.shape[1], lambda begin, end: _squares(*given, begin, end))
+    return totals, weighted

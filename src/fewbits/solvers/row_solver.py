@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fewbits.kernels.quadratic import quadratic
+from fewbits.kernels.quadratic import quadratic, squares
 from fewbits.kernels.rounding import search_grid
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
@@ -58,9 +58,10 @@ class RowSolver:
         if self._factor is None:
             return self.judged(W, self._rounded(W))
         aim = W if target is None else target
-        solved, loss, _ = self._compensated(aim, self._factor)
-        known = not self._restore_worse_rows(aim, solved) and self._can_descend and target is None
-        return self.judged(W, solved, loss if known else None)
+        solved, loss, missed = self._compensated(aim, self._factor)
+        if self._restore_worse_rows(aim, solved) or target is not None:
+            return self.judged(W, solved)
+        return self.judged(W, solved, missed, loss if self._can_descend else None)
 
     def choose_few(self, W: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         """Codes of a few rows, and what they miss of W, fp32 [n, K].
@@ -72,16 +73,24 @@ class RowSolver:
         restored = self._scheme.bits < 4 and self._restore_worse_rows(W, solved)
         return solved, W - decode_codes(*solved, self._scheme) if missed is None or restored else missed
 
-    def judged(self, W: torch.Tensor, solved: Grid, loss: torch.Tensor | None = None) -> Solution:
-        """The solution with what it lost. loss: of each row by the damped H, fp64 [n], if it is known."""
-        missed = W - decode_codes(*solved, self._scheme)
-        error = self._losses(missed) if loss is None else (loss - missed.square() @ self._added).clamp_min(0)
+    def judged(
+        self, W: torch.Tensor, solved: Grid, missed: torch.Tensor | None = None, damped_loss: torch.Tensor | None = None
+    ) -> Solution:
+        """The solution with what it lost.
+
+        Args:
+            missed: W − Ŵ, if it is known. damped_loss: of each row by the damped H, fp64 [n], if it is known.
+        """
+        missed = W - decode_codes(*solved, self._scheme) if missed is None else missed
+        squared_error, added_error = squares(missed, self._added)
+        squared_norm, added_norm = squares(W, self._added)
+        damped_loss = quadratic(missed, self._order, self._turned) if damped_loss is None else damped_loss
         return Solution(
             self._scheme, *solved,
-            squared_error=missed.square().sum(1, dtype=torch.float64),
-            squared_norm=W.square().sum(1, dtype=torch.float64),
-            output_error=error,
-            output_norm=self._losses(W),
+            squared_error=squared_error,
+            squared_norm=squared_norm,
+            output_error=(damped_loss - added_error).clamp_min(0),
+            output_norm=(quadratic(W, self._order, self._turned) - added_norm).clamp_min(0),
             notes=self._notes,
         )  # fmt: skip
 
@@ -96,7 +105,7 @@ class RowSolver:
 
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
         """The diagonal of rows · H · rowsᵀ, fp64 [n]."""
-        return (quadratic(rows, self._order, self._turned) - rows.square() @ self._added).clamp_min(0)
+        return (quadratic(rows, self._order, self._turned) - squares(rows, self._added)[1]).clamp_min(0)
 
     def _rounded(self, W: torch.Tensor) -> Grid:
         return _rounded(W, self._scheme, self._scale_dtype, self._options.search, self._living)
