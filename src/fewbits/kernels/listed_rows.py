@@ -15,6 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fewbits.kernels.lanes import F32, I64, LANES, Sums, load, multiply_add, repeat, spread
+from fewbits.kernels.memory import FLOAT32, number_at
 
 # Vectors of sums that fit the registers: 16 of 64 bytes, or 8 of two of 32 or four of 16.
 VECTORS = 16 if llvm.get_host_cpu_features().get("avx512f") else 4
@@ -58,14 +59,6 @@ def _subtract(builder: Any, vectors: int, rows: Any, shift: Any, numbers: Any, c
 _subtract_some, _subtract_single = subtract_vectors(VECTORS), subtract_vectors(1)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _number_at(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return load(builder, arguments[0], F32)
-
-    return types.float32(types.int64), generate
-
-
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def subtract_listed(rows: Any, numbers: Any, count: Any, first: Any, stop: Any, sums: Any) -> None:
     """sums[first:stop] −= Σ number · row[first:stop].
@@ -83,5 +76,5 @@ def subtract_listed(rows: Any, numbers: Any, count: Any, first: Any, stop: Any, 
         done += LANES
     while done < stop:
         for number in range(count):
-            sums[done] -= numbers[number] * _number_at(rows[number] + 4 * done)
+            sums[done] -= numbers[number] * number_at(rows[number], done, FLOAT32)
         done += 1
