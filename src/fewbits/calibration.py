@@ -65,6 +65,7 @@ def read_calibration(path: str | Path, model_dir: str | Path, samples: int, leng
 
     Raises:
         CalibrationError: the file is missing, empty, of another kind, or shorter than one sample.
+        CheckpointError: the checkpoint's tokenizer cannot be loaded.
     """
     file = Path(path).expanduser()
     if samples < 1 or length < 2:
