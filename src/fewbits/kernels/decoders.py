@@ -37,6 +37,7 @@ from fewbits.kernels.lanes import (
     multiply_add,
     prefetch,
     splat,
+    spread,
     to_bf16,
     widened,
 )
@@ -223,42 +224,62 @@ def fetch_block(typing_context: Any, decoder: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_scaled(typing_context: Any, decoder: Any, sums: Any, products: Any, scales_at: Any) -> Any:
-    """Sums + products of one or more blocks · the scales at an address, which are left out if the row has but one."""
+def scales_of(typing_context: Any, decoder: Any, scales_at: Any, count: Any) -> Any:
+    """The scales of up to 16 groups as fp32, zeros behind them; nothing if the row has but one scale."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         decoder = signature.args[0]
-        _, sums, products, scales_at = arguments
         if not decoder.lanes:
-            return builder.fadd(sums, products)
-        stored = load(builder, scales_at, ir.VectorType(SCALES[decoder.scales], LANES // decoder.lanes))
-        scales = _as_float(builder, decoder, stored)
-        spread = builder.shuffle_vector(scales, scales, indices(lane // decoder.lanes for lane in range(LANES)))
-        return multiply_add(builder, products, spread, sums)
+            return ir.Constant(Sums.vector, None)
+        kind = ir.VectorType(SCALES[decoder.scales], LANES)
+        return _as_float(builder, decoder, load_first(builder, arguments[1], kind, arguments[2]))
 
-    return Sums(decoder, Sums, Sums, types.int64), generate
+    return Sums(decoder, types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_scaled(typing_context: Any, decoder: Any, sums: Any, products: Any, scales: Any) -> Any:
+    """Sums + products of one or more blocks · the first of the scales, which are left out if the row has but one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = signature.args[0].lanes
+        _, sums, products, scales = arguments
+        if not lanes:
+            return builder.fadd(sums, products)
+        shared = builder.shuffle_vector(scales, scales, indices(lane // lanes for lane in range(LANES)))
+        return multiply_add(builder, products, shared, sums)
+
+    return Sums(decoder, Sums, Sums, Sums), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def following(typing_context: Any, decoder: Any, scales: Any) -> Any:
+    """The scales of the next blocks come first."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = signature.args[0].lanes
+        step = LANES // lanes if lanes else 0
+        return builder.shuffle_vector(arguments[1], arguments[1], indices((k + step) % LANES for k in range(LANES)))
+
+    return Sums(decoder, Sums), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def less_offsets(
-    context: Any, decoder: Any, sums: Any, raised: Any, scales_at: Any, zeros_at: Any, x_sums_at: Any, count: Any
+    context: Any, decoder: Any, sums: Any, raised: Any, scales: Any, zeros_at: Any, x_sums_at: Any, count: Any
 ) -> Any:
     """Sums − s · (raised + z) · Σx for up to 16 groups; no zero points at address 0, no scale if a row has but one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         decoder, wide = signature.args[0], Sums.vector
-        _, sums, raised, scales_at, zeros_at, x_sums_at, count = arguments
+        _, sums, raised, scales, zeros_at, x_sums_at, count = arguments
         none = builder.icmp_signed("==", zeros_at, ir.Constant(I64, 0))
         stored = builder.select(none, ir.Constant(I64, 0), count)
         zeros = load_first(builder, zeros_at, ir.VectorType(I8, LANES), stored)
-        lifted = builder.insert_element(ir.Constant(wide, ir.Undefined), raised, ir.Constant(I32, 0))
-        lifted = builder.shuffle_vector(lifted, lifted, splat(ir.VectorType(I32, LANES), 0))
-        lifted = builder.fadd(lifted, builder.uitofp(zeros, wide))
+        lifted = builder.fadd(spread(builder, raised), builder.uitofp(zeros, wide))
         offsets = builder.fmul(lifted, load_first(builder, x_sums_at, wide, count))
         if not decoder.lanes:
             return builder.fsub(sums, offsets)
-        kind = ir.VectorType(SCALES[decoder.scales], LANES)
-        scales = _as_float(builder, decoder, load_first(builder, scales_at, kind, count))
         return multiply_add(builder, builder.fneg(offsets), scales, sums)
 
-    return Sums(decoder, Sums, types.float32, types.int64, types.int64, types.int64, types.int64), generate
+    return Sums(decoder, Sums, types.float32, Sums, types.int64, types.int64, types.int64), generate

@@ -24,7 +24,7 @@ def bytes_ahead(row_bytes: int, rows: int) -> int:
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def begin_fetching(start: Any, stop: Any, ahead: Any) -> None:
-    """Ask for the first bytes between two addresses."""
-    for address in range(start, min(start + ahead, stop), LINE):
+def fetch_lines(start: Any, stop: Any) -> None:
+    """Ask for all that lies between two addresses."""
+    for address in range(start, stop, LINE):
         fetch(address)

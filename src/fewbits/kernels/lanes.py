@@ -270,3 +270,28 @@ def total_of(typing_context: Any, sums: Any) -> Any:
 
     result = types.int32 if sums == IntSums else types.float32
     return result(sums), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_totals(typing_context: Any, first: Any, second: Any, third: Any, fourth: Any, address: Any) -> Any:
+    """Four times the 16 sums added up, to an address; all at once, which takes fewer steps."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *sums, address = arguments
+
+        def folded(size: int, left: Any, right: Any | None = None) -> Any:
+            """Of runs of so many sums, one half added to the other."""
+            starts = range(0, left.type.count * (1 if right is None else 2), size)
+            halves = [
+                builder.shuffle_vector(
+                    left, left if right is None else right, indices(start + k for start in starts for k in half)
+                )
+                for half in (range(size // 2), range(size // 2, size))
+            ]
+            return builder.fadd(*halves)
+
+        totals = folded(2, folded(4, folded(8, folded(16, *sums[:2]), folded(16, *sums[2:]))))
+        builder.store(totals, builder.inttoptr(address, totals.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(Sums, Sums, Sums, Sums, types.int64), generate

@@ -12,8 +12,8 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from fewbits.kernels.compiling import as_bits, as_float
-from fewbits.kernels.decoders import BLOCK, BY_FOURS, NATURAL
-from fewbits.kernels.lanes import I8, I64, LANES, IntSums, Sums, call, load, repeat, splat, spread
+from fewbits.kernels.decoders import BLOCK, BY_EIGHTS, BY_FOURS, NATURAL
+from fewbits.kernels.lanes import I8, I16, I64, LANES, IntSums, Sums, call, indices, load, repeat, splat, spread
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
@@ -152,22 +152,36 @@ def _split(row: Any, values: Any) -> None:
         row[k] -= as_float(np.uint32(values[k]) << np.uint32(16))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _reordered(values: Any, order: Any, out: Any) -> None:
-    """Blocks of activations in the order of decoded codes (kernels.decoders)."""
-    if order == NATURAL:
-        out[:] = values
-    elif order == BY_FOURS:
-        for b in range(0, values.size, BLOCK):
-            for j in range(4):
-                for i in range(32):
-                    out[b + 32 * j + i] = values[b + 4 * i + j]
-    else:
-        for b in range(0, values.size, 64):
-            for half in range(2):
-                for l in range(4):
-                    for e in range(8):
-                        out[b + 32 * half + 8 * l + e] = values[b + 16 * l + 8 * half + e]
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _reorder(typing_context: Any, source: Any, target: Any, order: Any) -> Any:
+    """A block of activations at an address to another, in the order of decoded codes (kernels.decoders)."""
+    if not isinstance(order, types.Literal):
+        return None
+    places: list[int] = list(range(BLOCK))
+    if order.literal_value == BY_FOURS:
+        places = [4 * i + j for j in range(4) for i in range(32)]
+    elif order.literal_value == BY_EIGHTS:
+        places = [64 * b + 16 * l + 8 * half + e for b in (0, 1) for half in (0, 1) for l in range(4) for e in range(8)]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        block = load(builder, arguments[0], ir.VectorType(I16, BLOCK))
+        ordered = builder.shuffle_vector(block, block, indices(places))
+        builder.store(ordered, builder.inttoptr(arguments[1], ordered.type.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, order), generate
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _reordered(source: Any, order: Any, target: Any, size: Any) -> None:
+    """Blocks of activations, `size` in all, in the order of decoded codes (kernels.decoders)."""
+    for at in range(0, 2 * size, 2 * BLOCK):
+        if order == NATURAL:
+            _reorder(source + at, target + at, NATURAL)
+        elif order == BY_FOURS:
+            _reorder(source + at, target + at, BY_FOURS)
+        else:
+            _reorder(source + at, target + at, BY_EIGHTS)
 
 
 def _arranged(address: Any, start: Any, stop: Any) -> None:
@@ -195,7 +209,7 @@ def _arranged(address: Any, start: Any, stop: Any) -> None:
                     total = _sum(values[g * size : (g + 1) * size])
                     sums[g] = total if part == 0 else sums[g] + total
             at = fields[OUT_AT] + 2 * (token * parts + part) * padded
-            _reordered(values, fields[ORDER], carray(pointer_to(at), (padded,), np.uint16))
+            _reordered(values.ctypes.data, fields[ORDER], at, padded)
 
 
 _WORK = {"rounded": _rounded, "arranged": _arranged}
