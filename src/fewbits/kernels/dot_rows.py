@@ -29,7 +29,7 @@ from fewbits.kernels.decoders import (
 )
 from fewbits.kernels.fetching import fetch_lines
 from fewbits.kernels.lanes import LANES, add_products, no_sums, store_totals
-from fewbits.kernels.memory import FLOAT32, number_at, on_stack, pointer_to, write
+from fewbits.kernels.memory import FLOAT32, number_at, on_stack, pointer_to, write_all
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
 # The fields of a block.
@@ -72,15 +72,20 @@ def _less_offsets(decoder: Any, fields: Any, row: Any, token: Any, group: Any, s
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _finish(fields: Any, row: Any, token: Any, value: Any) -> None:
-    """Make an output of a total."""
+def _finish(fields: Any, row: Any, token: Any, totals: Any) -> None:
+    """Make outputs of the totals of some rows, of which `row` is the first."""
     if fields[GROUPS] == 1 and fields[SCALES_AT] != 0:
-        value *= number_at(fields[SCALES_AT], row, fields[SCALE_KIND])
+        for k in range(totals.size):
+            totals[k] *= number_at(fields[SCALES_AT], row + k, fields[SCALE_KIND])
     if fields[X_SCALES_AT] != 0:
-        value *= number_at(fields[X_SCALES_AT], token, FLOAT32)
+        scale = number_at(fields[X_SCALES_AT], token, FLOAT32)
+        for k in range(totals.size):
+            totals[k] *= scale
     if fields[BIAS_AT] != 0:
-        value += number_at(fields[BIAS_AT], row, FLOAT32)
-    write(fields[OUT_AT], token * fields[ROWS] + row, fields[OUT_KIND], value)
+        bias = carray(pointer_to(fields[BIAS_AT] + 4 * row), (totals.size,), np.float32)
+        for k in range(totals.size):
+            totals[k] += bias[k]
+    write_all(fields[OUT_AT], token * fields[ROWS] + row, fields[OUT_KIND], totals)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -163,7 +168,7 @@ def _four_rows(decoder: Any, fields: Any, r0: Any, r1: Any, r2: Any, r3: Any, co
 def _two_rows(
     decoder: Any, fields: Any, r0: Any, r1: Any, t0: Any, t1: Any, t2: Any, t3: Any, copy: Any, totals: Any
 ) -> None:  # fmt: skip
-    """Totals of two rows and four tokens, row after row, to an address."""
+    """Totals of two rows and four tokens, token after token, to an address."""
     wide, width, blocks, spans = fields[BLOCK_BYTES], fields[ROW_BYTES], fields[SPAN_BLOCKS], fields[SPANS]
     codes, stride, span_scales = fields[CODES_AT], fields[X_STRIDE] * fields[PARTS], fields[SPAN_SCALES]
     panel = LANES // span_scales if span_scales != 0 else spans
@@ -205,8 +210,8 @@ def _two_rows(
                 y10, y11 = add_scaled(decoder, y10, p10, s1), add_scaled(decoder, y11, p11, s1)
                 y12, y13 = add_scaled(decoder, y12, p12, s1), add_scaled(decoder, y13, p13, s1)
                 s0, s1 = following(decoder, s0), following(decoder, s1)
-    store_totals(y00, y01, y02, y03, totals)
-    store_totals(y10, y11, y12, y13, totals + 16)
+    store_totals(y00, y10, y01, y11, totals)
+    store_totals(y02, y12, y03, y13, totals + 16)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -234,8 +239,7 @@ def _one_token(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, tota
                 _fetch_scales(fields, r + ahead, r + ahead + 4)
             rows = min(r + 1, last), min(r + 2, last), min(r + 3, last)
             _four_rows(decoder, fields, r, rows[0], rows[1], rows[2], copy, totals + 4 * (r - first))
-        for r in range(first, end):
-            _finish(fields, r, 0, values[r - first])
+        _finish(fields, first, 0, values[: end - first])
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -246,9 +250,9 @@ def _some_tokens(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, to
         for t in range(0, tokens, 4):
             others = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)
             _two_rows(decoder, fields, r, min(r + 1, last), t, others[0], others[1], others[2], copy, totals)
-            for row in range(r, min(r + 2, last + 1)):
-                for token in range(t, min(t + 4, tokens)):
-                    _finish(fields, row, token, values[4 * (row - r) + token - t])
+            for token in range(t, min(t + 4, tokens)):
+                at = 2 * (token - t)
+                _finish(fields, r, token, values[at : at + min(2, last + 1 - r)])
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -104,3 +104,20 @@ def write(address: Any, index: Any, kind: Any, value: Any) -> None:
         carray(pointer_to(address), (index + 1,), np.uint16)[index] = float_as_half(value)
     else:
         carray(pointer_to(address), (index + 1,), np.float32)[index] = value
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def write_all(address: Any, first: Any, kind: Any, values: Any) -> None:
+    """Outputs in the activations' dtype, from place `first` on."""
+    if kind == FLOAT32:
+        wide = carray(pointer_to(address + 4 * first), (values.size,), np.float32)
+        for k in range(values.size):
+            wide[k] = values[k]
+        return
+    narrow = carray(pointer_to(address + 2 * first), (values.size,), np.uint16)
+    if kind == BFLOAT16:
+        for k in range(values.size):
+            narrow[k] = as_bf16(values[k])
+    else:
+        for k in range(values.size):
+            narrow[k] = float_as_half(values[k])
