@@ -1,8 +1,8 @@
 """One block of the calibrated pass: its linears are grouped by their input, and solved in the order they are met.
 
 Which linears share an input is found by a dry run of one micro-batch. All micro-batches are suspended at each group's
-input until its statistic is complete; or, where their states wait in a file, the block runs once to gather all
-statistics and once more with its new weights.
+input until its statistic is complete; or, where their states wait in a file, each runs the block up to that input,
+and again up to the next, once the codes there are chosen.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from fewbits.allocator import return_free_memory, returned_blocks
 from fewbits.block_folds import Folding, find_block_folds, refusal_notes
 from fewbits.errors import CalibrationError
 from fewbits.following import Following
-from fewbits.input_groups import InputGroup, InputGroups, is_expert
+from fewbits.input_groups import InputGroup, InputGroups, Stage, is_expert
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.originals import Originals
@@ -49,6 +50,10 @@ class Timings:
     solve_s: float = 0.0
     folds_s: float = 0.0
     total_s: float = 0.0
+
+
+class _Gathered(Exception):
+    """A micro-batch has come to what a round gathers, and need not go on."""
 
 
 class BlockRun:
@@ -81,6 +86,10 @@ class BlockRun:
         taken = originals.takes if originals is not None else lambda micro_batch: True
         # Those that the original model goes through as well are the first.
         self._micro_batches = sorted(forward.micro_batches, key=lambda micro_batch: not taken(micro_batch))
+        # What rounds have gathered, and what this one does; and whether its micro-batch has come there.
+        self._stages: set[Stage] = set()
+        self._stage: Stage | None = None
+        self._has_gathered = False
         self._solved_layers: set[str] = set()
         self._weights: dict[str, torch.Tensor] = {}
 
@@ -105,7 +114,7 @@ class BlockRun:
             if self._forward.stash is None:
                 self._run_suspended()
             else:
-                self._run_twice()
+                self._run_in_rounds()
             self._solve_unseen()
         # These refer back to this run: the block's weights would stay until the garbage collector comes by.
         self._following, self._watcher, self._plain = None, None, {}
@@ -123,21 +132,33 @@ class BlockRun:
                 self._forward.resume(micro_batch)
         self._watcher = None
 
-    def _run_twice(self) -> None:
-        """One micro-batch after the other, to gather all statistics; then again, with the new weights."""
+    def _run_in_rounds(self) -> None:
+        """One micro-batch after the other up to the next input, and again with the new weights of its consumers.
+
+        The numbers are those of suspended micro-batches, without their states. A block runs some three times so.
+        """
         self._watcher = self._gather
-        if self._parts:
+        while (stage := self._next_stage()) is not None:
+            self._stage = stage
             for micro_batch in self._micro_batches:
-                self._forward.run_alone(self._index, micro_batch)
+                self._has_gathered = False
+                with suppress(_Gathered):
+                    self._forward.run_alone(self._index, micro_batch)
+            reached = [group for group in self._groups if group.stage == stage and group.accumulator is not None]
+            for group in sorted(reached, key=lambda group: group.order):
+                self._solve_group(group)
+            self._stages.add(stage)
         self._watcher = None
-        reached = [group for group in self._groups if group.accumulator is not None]
-        for group in sorted(reached, key=lambda group: group.order):
-            self._solve_group(group)
         for micro_batch in self._forward.micro_batches:
             output = self._forward.run_alone(self._index, micro_batch)
             self._forward.finish_block(self._index, micro_batch, output)
         for micro_batch in self._forward.micro_batches:
             self._forward.resume(micro_batch)
+
+    def _next_stage(self) -> Stage | None:
+        """What the forward meets first of what no round has gathered yet."""
+        left = [group for group in self._groups if group.stage not in self._stages]
+        return min(left, key=lambda group: group.order).stage if left else None
 
     def _find_parts(self) -> dict[tuple[str, int | None], list[Part]]:
         """Wanted layers by the matrix they lie in."""
@@ -242,10 +263,23 @@ class BlockRun:
         self._forward.suspend(group)
 
     def _gather(self, slot: Slot, inputs: torch.Tensor) -> None:
-        """A micro-batch that does not wait has come to a linear: add its input, once for all consumers."""
+        """A micro-batch that does not wait has come to a linear: add its input if it is this round's, for all of them.
+
+        Raises:
+            _Gathered: nothing of what follows is.
+        """
         group, micro_batch = self._groups.of(slot), self._forward.running
-        if micro_batch.index not in group.arrived:
-            self._add(group, micro_batch, inputs)
+        if group.stage in self._stages:
+            return
+        if group.stage == self._stage:
+            self._has_gathered = True
+            together = [group] if group.has_experts else [other for other in self._groups if other.stage == group.stage]
+            for member in together:
+                if micro_batch.index not in member.arrived:
+                    self._add(member, micro_batch, inputs)
+        # Experts come one after the other, and what stands behind the first of them is passed by.
+        if self._has_gathered and not group.has_experts:
+            raise _Gathered
 
     def _add(self, group: InputGroup, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
         group.arrived.add(micro_batch.index)

@@ -9,8 +9,8 @@ complete then, `solve` is called with all consumers of that input, and the forwa
         done.save_states(folder / "states.safetensors")      # resume with load_states(…), start_block=done.block + 1
 
 Which linears share an input is found by one micro-batch's dry run. Where the states of all micro-batches would not fit
-into the memory limit, each block runs twice instead, one micro-batch after the other: once to gather all of its
-statistics, once with its new weights; what lies between two blocks waits in a file.
+into the memory limit, micro-batches run one after the other instead, each up to the next input and, once the codes
+there are chosen, from the block's beginning again; what lies between two blocks waits in a file. Results are the same.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def run_blocks(
         follows: whether consumers of an input are solved by how far it has drifted from the original model's.
         states: where to go on from; blocks up to `states.block` are not run again.
         original_states: those of the original model there, where it is followed.
-        memory_limit: bytes that states in flight may take; past them every block runs twice.
+        memory_limit: bytes that states in flight may take; past them blocks run some three times.
         folder: where the file goes that states then wait in.
         watcher: told of every group of layers that is solved.
     """

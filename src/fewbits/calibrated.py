@@ -122,7 +122,7 @@ class CalibratedConversion:
         if self.memory_limit is None or needed <= self.memory_limit or first > 0:
             return
         why = f"states in flight would take {needed:,} bytes, and {self.memory_limit:,} are allowed"
-        self._solver.note(Note("calibration", "every block runs twice, its states wait in a file", why))
+        self._solver.note(Note("calibration", "blocks run some three times, their states wait in a file", why))
 
     def _measured(self, skeleton: Skeleton, layers: Sequence[LinearLayer]) -> KeptImportance:
         """What the importance pass found, now or before an interruption."""

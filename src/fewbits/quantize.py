@@ -61,7 +61,7 @@ def quantize(
             "loss" where a method's solver is GPTQ.
         seed: of the labels that importance draws, and of text that the model writes itself.
         memory_limit: bytes that hidden states of calibration data may take in memory; past them they wait in a file and
-            every block runs twice, with a note. None sets no limit.
+            blocks run some three times, with a note. None sets no limit.
         device: where calibration forwards run: "cpu", "cuda", "cuda:1".
         allow_nonfinite: carry layers that hold NaN or infinite weights over unquantized, with a note, instead of
             failing.

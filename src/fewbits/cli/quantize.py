@@ -60,7 +60,7 @@ def quantize(
         typer.Option(
             "--memory",
             metavar="SIZE",
-            help="Memory for hidden states (2GiB, 500MB, bytes); past it they wait in a file and blocks run twice.",
+            help="Memory for hidden states (2GiB, 500MB, bytes); past it they wait in a file and it takes longer.",
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where calibration runs: cpu or cuda.")] = "cpu",
