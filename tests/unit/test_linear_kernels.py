@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timeit
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from fewbits.errors import KernelError
 from fewbits.kernels import choose as choosing
 from fewbits.kernels import int8_run, token_tiles_run
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
+from fewbits.kernels.few_tokens import FewTokens
 from fewbits.kernels.int8_dynamic import Int8Tiles, OneDnnInt8
 from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
 from fewbits.kernels.tiles import Tiles
@@ -61,6 +63,15 @@ def test_weight_only_and_fp8_products(scheme: Scheme, rows: int) -> None:
                     # So are those of panels, and products before token scale and bias are added.
                     bound += 2.0**-9 * sizes + 2.0**-7 * (np.abs(expected) + np.abs(case.bias.numpy()))
                 assert (np.abs(y.double().numpy() - expected) <= bound + 1e-6).all(), (kernel.name, tokens, dtype)
+
+
+def test_weights_without_zero_points_are_as_fast() -> None:
+    """Loading nothing from an address that is not mapped made them seven times as slow."""
+    x = activations(1, 576, torch.bfloat16)
+    schemes = [Scheme("int", 4, symmetric, 64) for symmetric in (False, True)]
+    runs = [FewTokens().prepare(make(scheme, 576, 576).weight, None) for scheme in schemes]
+    fastest = [min(timeit.repeat(lambda run=run: run(x), number=20, repeat=50)) for run in runs]
+    assert fastest[1] < 2.5 * fastest[0]
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)

@@ -275,7 +275,9 @@ def less_offsets(
         _, sums, raised, scales, zeros_at, x_sums_at, count = arguments
         none = builder.icmp_signed("==", zeros_at, ir.Constant(I64, 0))
         stored = builder.select(none, ir.Constant(I64, 0), count)
-        zeros = load_first(builder, zeros_at, ir.VectorType(I8, LANES), stored)
+        # Even to load nothing from an address that is not mapped takes processors hundreds of cycles.
+        mapped = builder.select(none, x_sums_at, zeros_at)
+        zeros = load_first(builder, mapped, ir.VectorType(I8, LANES), stored)
         lifted = builder.fadd(spread(builder, raised), builder.uitofp(zeros, wide))
         offsets = builder.fmul(lifted, load_first(builder, x_sums_at, wide, count))
         if not decoder.lanes:
