@@ -20,11 +20,12 @@ from fewbits.allocator import return_free_memory, returned_blocks
 from fewbits.block_folds import Folding, find_block_folds, refusal_notes
 from fewbits.errors import CalibrationError
 from fewbits.following import Following
-from fewbits.input_groups import InputGroup, InputGroups, Stage, is_expert
+from fewbits.input_groups import InputGroup, InputGroups, is_expert
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.originals import Originals
 from fewbits.probing import PROBE_TOKENS, first_tokens
+from fewbits.rounds import Gathered, Rounds
 from fewbits.skeleton import Part, Skeleton
 from fewbits.statistics import Statistics, StatisticsAccumulator
 from fewbits.suspended import MicroBatch, SuspendedForward
@@ -50,10 +51,6 @@ class Timings:
     solve_s: float = 0.0
     folds_s: float = 0.0
     total_s: float = 0.0
-
-
-class _Gathered(Exception):
-    """A micro-batch has come to what a round gathers, and need not go on."""
 
 
 class BlockRun:
@@ -86,10 +83,7 @@ class BlockRun:
         taken = originals.takes if originals is not None else lambda micro_batch: True
         # Those that the original model goes through as well are the first.
         self._micro_batches = sorted(forward.micro_batches, key=lambda micro_batch: not taken(micro_batch))
-        # What rounds have gathered, and what this one does; and whether its micro-batch has come there.
-        self._stages: set[Stage] = set()
-        self._stage: Stage | None = None
-        self._has_gathered = False
+        self._rounds = Rounds(self._groups)
         self._solved_layers: set[str] = set()
         self._weights: dict[str, torch.Tensor] = {}
 
@@ -138,27 +132,20 @@ class BlockRun:
         The numbers are those of suspended micro-batches, without their states. A block runs some three times so.
         """
         self._watcher = self._gather
-        while (stage := self._next_stage()) is not None:
-            self._stage = stage
+        while self._rounds.begin():
             for micro_batch in self._micro_batches:
-                self._has_gathered = False
-                with suppress(_Gathered):
+                self._rounds.begin_micro_batch()
+                with suppress(Gathered):
                     self._forward.run_alone(self._index, micro_batch)
-            reached = [group for group in self._groups if group.stage == stage and group.accumulator is not None]
-            for group in sorted(reached, key=lambda group: group.order):
-                self._solve_group(group)
-            self._stages.add(stage)
+            for group in self._rounds.gathered():
+                if group.accumulator is not None:
+                    self._solve_group(group)
         self._watcher = None
         for micro_batch in self._forward.micro_batches:
             output = self._forward.run_alone(self._index, micro_batch)
             self._forward.finish_block(self._index, micro_batch, output)
         for micro_batch in self._forward.micro_batches:
             self._forward.resume(micro_batch)
-
-    def _next_stage(self) -> Stage | None:
-        """What the forward meets first of what no round has gathered yet."""
-        left = [group for group in self._groups if group.stage not in self._stages]
-        return min(left, key=lambda group: group.order).stage if left else None
 
     def _find_parts(self) -> dict[tuple[str, int | None], list[Part]]:
         """Wanted layers by the matrix they lie in."""
@@ -266,20 +253,14 @@ class BlockRun:
         """A micro-batch that does not wait has come to a linear: add its input if it is this round's, for all of them.
 
         Raises:
-            _Gathered: nothing of what follows is.
+            Gathered: nothing of what follows is.
         """
         group, micro_batch = self._groups.of(slot), self._forward.running
-        if group.stage in self._stages:
-            return
-        if group.stage == self._stage:
-            self._has_gathered = True
-            together = [group] if group.has_experts else [other for other in self._groups if other.stage == group.stage]
-            for member in together:
-                if micro_batch.index not in member.arrived:
-                    self._add(member, micro_batch, inputs)
-        # Experts come one after the other, and what stands behind the first of them is passed by.
-        if self._has_gathered and not group.has_experts:
-            raise _Gathered
+        for counted in self._rounds.met(group):
+            if micro_batch.index not in counted.arrived:
+                self._add(counted, micro_batch, inputs)
+        if self._rounds.is_enough(group):
+            raise Gathered
 
     def _add(self, group: InputGroup, micro_batch: MicroBatch, inputs: torch.Tensor) -> None:
         group.arrived.add(micro_batch.index)

@@ -13,9 +13,6 @@ from fewbits.statistics import StatisticsAccumulator
 from fewbits.token_sample import TokenSample
 from fewbits.watching import Slot
 
-# What can be gathered in one go: a kind, and two numbers.
-Stage = tuple[str, int, int]
-
 
 @dataclass(eq=False)
 class InputGroup:
@@ -33,14 +30,6 @@ class InputGroup:
     stride: int = 1
     # Of the distinct input among the block's.
     input: int = -1
-
-    @property
-    def stage(self) -> Stage:
-        """The same for groups that no other of the same stage feeds: of one input, or of all experts alike."""
-        place, _, member = self.order
-        if self.has_experts:
-            return "experts", place, member
-        return ("input", self.input, 0) if self.input >= 0 else ("alone", place, member)
 
     @property
     def has_experts(self) -> bool:
