@@ -15,14 +15,18 @@ from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.team import (
     DONE,
     HEADER,
+    LINE,
     MEMBERS,
+    NEXT_STREAM,
     OWN,
+    STREAM_AT,
+    STREAM_BYTES,
     TAKEN,
-    THREADS,
     WORDS,
     Program,
     Work,
     _compiled_team,
+    _stream_of,
     compiled_work,
 )
 
@@ -75,8 +79,33 @@ def test_rows_are_handed_out_once_and_steps_without_rows_are_passed() -> None:
     program.run(3)
     blocks = program._words[HEADER:].reshape(3, WORDS)
     assert blocks[:, DONE].tolist() == [0, ROWS, 0]
-    assert (blocks[:, TAKEN:DONE].sum(1) >= blocks[:, DONE]).all()
+    assert (blocks[:, TAKEN:DONE:LINE].sum(1) >= blocks[:, DONE]).all()
     assert np.array_equal(buffers[1], _expected(np.arange(ROWS), 1))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_memory_that_is_asked_for_ahead_lies_within_what_the_next_weight_has(threads: int) -> None:
+    """A part without rows and steps behind the last weight ask for nothing; results are those without."""
+    buffers, weight = np.zeros((2, ROWS), np.int64), np.zeros((ROWS, 64), np.uint8)
+    compiled = compiled_work(_difference)
+    blocks = []
+    for step in range(6):
+        source, target = buffers[step % 2], buffers[(step + 1) % 2]
+        fields = {FROM_AT: source.ctypes.data, TO_AT: target.ctypes.data}
+        streamed = {STREAM_AT: weight.ctypes.data, STREAM_BYTES: 64} if step in (1, 4) else {}
+        blocks.append(Work(compiled, fields, 1 + step % 3).step(ROWS, streamed))
+    program = Program(blocks)
+    for start in (1, 5):
+        buffers[0] = first = np.arange(start, start + ROWS)
+        program.run(threads)
+        assert np.array_equal(buffers[0], _expected(first, 6))
+    assert program._blocks[:, NEXT_STREAM].tolist() == [WORDS, 3 * WORDS, 2 * WORDS, WORDS, 0, 0]
+    for step in range(6):
+        for part in range(threads):
+            begin, end = _stream_of(program._address + 8 * (HEADER + step * WORDS), part)
+            assert (
+                begin >= end if step > 3 else weight.ctypes.data <= begin <= end <= weight.ctypes.data + weight.nbytes
+            )
 
 
 def _members(address: Any, start: Any, stop: Any) -> None:
@@ -95,7 +124,8 @@ def test_a_thread_alone_goes_through_its_part_before_those_of_others(multiple: i
     order, begun = np.full(ROWS, -1), np.zeros(1, np.int64)
     fields = {TO_AT: order.ctypes.data, FROM_AT: begun.ctypes.data}
     program = Program([Work(compiled_work(_members), fields, multiple).step(ROWS, {})])
-    program._words[THREADS], program._words[MEMBERS] = 2, 1
+    program.begin(2)
+    program._words[MEMBERS] = 1
     _compiled_team().ctypes(program._address)
     # The second of two, whom the first never joins: its own half comes first.
     assert order[-1] < order[0] and order[0] > 0

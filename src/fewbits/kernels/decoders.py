@@ -253,6 +253,16 @@ def add_scaled(typing_context: Any, decoder: Any, sums: Any, products: Any, scal
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def span_blocks(typing_context: Any, decoder: Any, blocks: Any) -> Any:
+    """How many blocks share their scales: one, for all the compiler knows, where a block has several of them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(I64, 1) if 0 < signature.args[0].lanes < LANES else arguments[1]
+
+    return types.int64(decoder, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def following(typing_context: Any, decoder: Any, scales: Any) -> Any:
     """The scales of the next blocks come first."""
 
@@ -266,22 +276,19 @@ def following(typing_context: Any, decoder: Any, scales: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def less_offsets(
-    context: Any, decoder: Any, sums: Any, raised: Any, scales: Any, zeros_at: Any, x_sums_at: Any, count: Any
-) -> Any:
-    """Sums − s · (raised + z) · Σx for up to 16 groups; no zero points at address 0, no scale if a row has but one."""
+    context: Any, decoder: Any, sums: Any, raised: Any, scales: Any, zeros_at: Any, zeros: Any, x_sums_at: Any,
+    count: Any,
+) -> Any:  # fmt: skip
+    """Sums − s · (raised + z) · Σx for up to 16 groups; z of `zeros` of them, 0 of others; no scale if a row has one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         decoder, wide = signature.args[0], Sums.vector
-        _, sums, raised, scales, zeros_at, x_sums_at, count = arguments
-        none = builder.icmp_signed("==", zeros_at, ir.Constant(I64, 0))
-        stored = builder.select(none, ir.Constant(I64, 0), count)
-        # Even to load nothing from an address that is not mapped takes processors hundreds of cycles.
-        mapped = builder.select(none, x_sums_at, zeros_at)
-        zeros = load_first(builder, mapped, ir.VectorType(I8, LANES), stored)
-        lifted = builder.fadd(spread(builder, raised), builder.uitofp(zeros, wide))
+        _, sums, raised, scales, zeros_at, zeros, x_sums_at, count = arguments
+        stored = load_first(builder, zeros_at, ir.VectorType(I8, LANES), zeros)
+        lifted = builder.fadd(spread(builder, raised), builder.uitofp(stored, wide))
         offsets = builder.fmul(lifted, load_first(builder, x_sums_at, wide, count))
         if not decoder.lanes:
             return builder.fsub(sums, offsets)
         return multiply_add(builder, builder.fneg(offsets), scales, sums)
 
-    return Sums(decoder, Sums, types.float32, Sums, types.int64, types.int64, types.int64), generate
+    return Sums(decoder, Sums, types.float32, Sums, *[types.int64] * 4), generate

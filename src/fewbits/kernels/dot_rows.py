@@ -1,8 +1,8 @@
 """Compiled products of decoded rows with a few tokens: memory is read once, decoding happens in registers.
 
 y[t, n] = Σ_g s[n, g] (Σ_k a[n, k] x[t, k] − (raised + z[n, g]) Σ_k x[t, k]), where a = raised + code as decoded
-(kernels.decoders) and k runs over group g. Sums of x per group are given. Four rows go at a time, or two with four
-tokens, so that enough independent sums keep the multipliers busy and what is loaded is used more than once.
+(kernels.decoders) and k runs over group g. Sums of x per group are given. Four short rows go at a time, or two with
+four tokens, so that enough independent sums keep the multipliers busy and what is loaded is used more than once.
 
 A row is a number of spans that share their scales: a block of 128 codes with one or more groups, or the blocks of one
 group. The last block of a row may reach into the next row: activations there are zero. Where it would reach beyond the
@@ -12,7 +12,7 @@ tensor, it is read from a copy.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit
@@ -26,49 +26,89 @@ from fewbits.kernels.decoders import (
     following,
     less_offsets,
     scales_of,
+    span_blocks,
 )
 from fewbits.kernels.fetching import fetch_lines
-from fewbits.kernels.lanes import LANES, add_products, no_sums, store_totals
+from fewbits.kernels.lanes import LANES, add_products, add_products_apart, both, no_sums, store_totals
 from fewbits.kernels.memory import FLOAT32, number_at, on_stack, pointer_to, write_all
-from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
+from fewbits.kernels.team import OWN, ROWS, STREAM_AT, STREAM_BYTES, WORDS, compiled_work
 
 # The fields of a block.
+CODES_AT, ROW_BYTES = STREAM_AT, STREAM_BYTES
 (
-    CODES_AT, ROW_BYTES, BLOCK_BYTES, SPANS, SPAN_BLOCKS, GROUPS, SPAN_SCALES, SCALES_AT, SCALE_KIND, ZEROS_AT,
-    RAISED_BY, X_AT, X_STRIDE, PARTS, TOKENS, X_SUMS_AT, X_SCALES_AT, BIAS_AT, OUT_AT, OUT_KIND,
-    AHEAD,
-) = range(OWN, OWN + 21)  # fmt: skip
+    BLOCK_BYTES, SPANS, SPAN_BLOCKS, GROUPS, SPAN_SCALES, SCALES_AT, SCALE_KIND, ZEROS_AT, RAISED_BY, X_AT, X_STRIDE,
+    PARTS, TOKENS, X_SUMS_AT, X_SCALES_AT, BIAS_AT, OUT_AT, OUT_KIND, AHEAD,
+) = range(OWN, OWN + 19)  # fmt: skip
 # Bytes of a copied last block.
 COPY = 256
+# Bytes of a row from which on rows go one after the other at one token: that is how they lie in memory. Of shorter rows,
+# four at a time need fewer instructions; measured on 576 and 2048 inputs of 4 bits.
+LONG_ROW = 2**10
 # Rows whose totals are kept before outputs are made of them.
 SOME_ROWS = 128
 # Bytes of what a thread has on its stack: copied blocks of two rows, and totals.
 COPIES, TOTALS = 2 * COPY, 4 * SOME_ROWS
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _scale_bytes(fields: Any) -> Any:
-    return 4 if fields[SCALE_KIND] == FLOAT32 else 2
+class _Weight(NamedTuple):
+    """What a step's block says, read once; `whole` rows can be read to the end of their last block."""
+
+    rows: Any
+    codes: Any
+    row_bytes: Any
+    block_bytes: Any
+    spans: Any
+    span_blocks: Any
+    panels: Any
+    panel: Any
+    groups: Any
+    scales_at: Any
+    scale_bytes: Any
+    zeros_at: Any
+    zeros: Any
+    raised: Any
+    x_at: Any
+    x_stride: Any
+    parts: Any
+    x_sums_at: Any
+    ahead: Any
+    whole: Any
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _scales_of(decoder: Any, fields: Any, row: Any, group: Any) -> Any:
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _weight_of(decoder: Any, fields: Any) -> Any:
+    rows, row_bytes, spans, span_scales = fields[ROWS], fields[ROW_BYTES], fields[SPANS], fields[SPAN_SCALES]
+    read = spans * fields[SPAN_BLOCKS] * fields[BLOCK_BYTES]
+    # Spans whose scales fill a vector.
+    panel = LANES // span_scales if span_scales != 0 else spans
+    zeros_at, zeros = fields[ZEROS_AT], fields[GROUPS]
+    if zeros_at == 0:
+        # Even to load nothing from an address that is not mapped takes processors hundreds of cycles.
+        zeros_at, zeros = fields[X_SUMS_AT], 0
+    return _Weight(
+        rows, fields[CODES_AT], row_bytes, fields[BLOCK_BYTES], spans, span_blocks(decoder, fields[SPAN_BLOCKS]),
+        (spans + panel - 1) // panel, panel, fields[GROUPS], fields[SCALES_AT],
+        4 if fields[SCALE_KIND] == FLOAT32 else 2, zeros_at, zeros, np.float32(fields[RAISED_BY]), fields[X_AT],
+        fields[X_STRIDE], fields[PARTS], fields[X_SUMS_AT], fields[AHEAD], (rows * row_bytes - read) // row_bytes + 1,
+    )  # fmt: skip
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _scales_of(decoder: Any, weight: Any, row: Any, group: Any) -> Any:
     """The scales of up to 16 groups of a row, from `group` on."""
-    groups = fields[GROUPS]
-    at = fields[SCALES_AT] + _scale_bytes(fields) * (row * groups + group)
-    return scales_of(decoder, at, min(LANES, groups - group))
+    at = weight.scales_at + weight.scale_bytes * (row * weight.groups + group)
+    return scales_of(decoder, at, min(LANES, weight.groups - group))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _less_offsets(decoder: Any, fields: Any, row: Any, token: Any, group: Any, scales: Any, sums: Any) -> Any:
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _less_offsets(decoder: Any, weight: Any, row: Any, token: Any, group: Any, scales: Any, sums: Any) -> Any:
     """Sums without what decoded codes are too large by, of up to 16 groups from `group` on."""
-    groups, zeros_at = fields[GROUPS], fields[ZEROS_AT]
-    if fields[X_SUMS_AT] == 0:
-        return sums
-    zeros = zeros_at + row * groups + group if zeros_at != 0 else 0
-    x_sums = fields[X_SUMS_AT] + 4 * (token * groups + group)
-    count = min(LANES, groups - group)
-    return less_offsets(decoder, sums, np.float32(fields[RAISED_BY]), scales, zeros, x_sums, count)
+    zeros_at = weight.zeros_at + row * weight.zeros + group
+    zeros = min(LANES, max(0, weight.zeros - group))
+    x_sums = weight.x_sums_at + 4 * (token * weight.groups + group)
+    return less_offsets(
+        decoder, sums, weight.raised, scales, zeros_at, zeros, x_sums, min(LANES, weight.groups - group)
+    )  # fmt: skip
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -89,64 +129,108 @@ def _finish(fields: Any, row: Any, token: Any, totals: Any) -> None:
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _last_block(fields: Any, row: Any, copy: Any) -> Any:
-    """Copy the last block of a row, with zeros behind it, to an address, which is returned."""
+def _copy_last_block(codes: Any, before: Any, row_bytes: Any, copy: Any) -> Any:
+    """Copy what a row at an address has behind so many bytes, with zeros behind it, to an address; which is returned."""
     to = carray(pointer_to(copy), (COPY,), np.uint8)
     to[:] = 0
-    before = (fields[SPANS] * fields[SPAN_BLOCKS] - 1) * fields[BLOCK_BYTES]
-    codes = carray(pointer_to(fields[CODES_AT] + row * fields[ROW_BYTES]), (fields[ROW_BYTES],), np.uint8)
-    for k in range(before, fields[ROW_BYTES]):
-        to[k - before] = codes[k]
+    row = carray(pointer_to(codes), (row_bytes,), np.uint8)
+    for k in range(before, row_bytes):
+        to[k - before] = row[k]
     return copy
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_last_block(decoder: Any, fields: Any, row: Any, copy: Any, x: Any, scales: Any, sums: Any) -> Any:
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _last_block(weight: Any, row: Any, copy: Any) -> Any:
+    before = (weight.spans * weight.span_blocks - 1) * weight.block_bytes
+    return _copy_last_block(weight.codes + row * weight.row_bytes, before, weight.row_bytes, copy)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _add_last_block(decoder: Any, weight: Any, row: Any, copy: Any, x: Any, scales: Any, sums: Any) -> Any:
     """Sums + the products of a row's last block, read from a copy."""
-    products = add_products(no_sums(), codes_at(decoder, _last_block(fields, row, copy)), x)
+    products = add_products(no_sums(), codes_at(decoder, _last_block(weight, row, copy)), x)
     return add_scaled(decoder, sums, products, scales)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _reaches_out(fields: Any, row: Any) -> Any:
-    """Whether the last block of a row would be read beyond the tensor's end."""
-    end = row * fields[ROW_BYTES] + fields[SPANS] * fields[SPAN_BLOCKS] * fields[BLOCK_BYTES]
-    return end > fields[ROWS] * fields[ROW_BYTES]
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _fetch(decoder: Any, weight: Any, at: Any) -> None:
+    """Ask for codes ahead, and once more nearer: processors drop what they are asked for while they wait for much."""
+    fetch_block(decoder, at + weight.ahead)
+    fetch_block(decoder, at + (weight.ahead >> 1))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _four_rows(decoder: Any, fields: Any, r0: Any, r1: Any, r2: Any, r3: Any, copy: Any, totals: Any) -> None:
-    """Totals of four rows and one token, to an address."""
-    wide, width, blocks, spans = fields[BLOCK_BYTES], fields[ROW_BYTES], fields[SPAN_BLOCKS], fields[SPANS]
-    codes, ahead, span_scales = fields[CODES_AT], fields[AHEAD], fields[SPAN_SCALES]
-    # Spans whose scales fill a vector.
-    panel = LANES // span_scales if span_scales != 0 else spans
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _whole_spans(weight: Any, last: Any) -> Any:
+    """Spans, and blocks of each, that are read where they lie; and whether a block is left, as `last` is the last row.
+
+    Only a row of one span ends within a block.
+    """
+    short = 1 if last >= weight.whole else 0
+    if weight.span_blocks == 1:
+        return weight.spans - short, weight.span_blocks, short
+    return weight.spans, weight.span_blocks - short, short
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _row(decoder: Any, weight: Any, row: Any, copy: Any) -> Any:
+    """Sums of a row and one token."""
+    wide, sums = weight.block_bytes, no_sums()
+    spans, blocks, short = _whole_spans(weight, row)
+    for part in range(weight.parts):
+        x, at = weight.x_at + part * weight.x_stride, weight.codes + row * weight.row_bytes
+        for panel in range(weight.panels):
+            first, group = panel * weight.panel, panel * LANES
+            scales = _scales_of(decoder, weight, row, group)
+            if part == 0 and weight.x_sums_at != 0:
+                sums = _less_offsets(decoder, weight, row, 0, group, scales, sums)
+            for _ in range(first, min(first + weight.panel, spans)):
+                products = no_sums(), no_sums()
+                for _ in range(blocks):
+                    _fetch(decoder, weight, at)
+                    products = add_products_apart(products, codes_at(decoder, at), x)
+                    at, x = at + wide, x + 2 * BLOCK
+                sums, scales = add_scaled(decoder, sums, both(products), scales), following(decoder, scales)
+            if short and panel == weight.panels - 1:
+                sums = _add_last_block(decoder, weight, row, copy, x, scales, sums)
+    return sums
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _long_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> None:
+    """Totals of four rows and one token, row after row, to an address."""
+    last = weight.rows - 1
+    y0, y1 = _row(decoder, weight, r0, copy), _row(decoder, weight, min(r0 + 1, last), copy)
+    y2, y3 = _row(decoder, weight, min(r0 + 2, last), copy), _row(decoder, weight, min(r0 + 3, last), copy)
+    store_totals(y0, y1, y2, y3, totals)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> None:
+    """Totals of four rows and one token, block after block, to an address."""
+    last, width, wide = weight.rows - 1, weight.row_bytes, weight.block_bytes
+    r1, r2, r3 = min(r0 + 1, last), min(r0 + 2, last), min(r0 + 3, last)
     y0, y1, y2, y3 = no_sums(), no_sums(), no_sums(), no_sums()
-    last = 1 if _reaches_out(fields, r3) else 0
-    if blocks == 1:
-        spans -= last
-    else:
-        # Only a row of one span ends within a block.
-        blocks -= last
-    for part in range(fields[PARTS]):
-        x = fields[X_AT] + part * fields[X_STRIDE]
-        at0, at1, at2, at3 = codes + r0 * width, codes + r1 * width, codes + r2 * width, codes + r3 * width
-        for first in range(0, fields[SPANS], panel):
-            group = first * span_scales
-            s0, s1 = _scales_of(decoder, fields, r0, group), _scales_of(decoder, fields, r1, group)
-            s2, s3 = _scales_of(decoder, fields, r2, group), _scales_of(decoder, fields, r3, group)
-            if part == 0:
-                y0 = _less_offsets(decoder, fields, r0, 0, group, s0, y0)
-                y1 = _less_offsets(decoder, fields, r1, 0, group, s1, y1)
-                y2 = _less_offsets(decoder, fields, r2, 0, group, s2, y2)
-                y3 = _less_offsets(decoder, fields, r3, 0, group, s3, y3)
-            for _ in range(first, min(first + panel, spans)):
+    spans, blocks, short = _whole_spans(weight, r3)
+    for part in range(weight.parts):
+        x = weight.x_at + part * weight.x_stride
+        at0, at1 = weight.codes + r0 * width, weight.codes + r1 * width
+        at2, at3 = weight.codes + r2 * width, weight.codes + r3 * width
+        for panel in range(weight.panels):
+            first, group = panel * weight.panel, panel * LANES
+            s0, s1 = _scales_of(decoder, weight, r0, group), _scales_of(decoder, weight, r1, group)
+            s2, s3 = _scales_of(decoder, weight, r2, group), _scales_of(decoder, weight, r3, group)
+            if part == 0 and weight.x_sums_at != 0:
+                y0 = _less_offsets(decoder, weight, r0, 0, group, s0, y0)
+                y1 = _less_offsets(decoder, weight, r1, 0, group, s1, y1)
+                y2 = _less_offsets(decoder, weight, r2, 0, group, s2, y2)
+                y3 = _less_offsets(decoder, weight, r3, 0, group, s3, y3)
+            for _ in range(first, min(first + weight.panel, spans)):
                 p0, p1, p2, p3 = no_sums(), no_sums(), no_sums(), no_sums()
                 for _ in range(blocks):
-                    fetch_block(decoder, at0 + ahead)
-                    fetch_block(decoder, at1 + ahead)
-                    fetch_block(decoder, at2 + ahead)
-                    fetch_block(decoder, at3 + ahead)
+                    _fetch(decoder, weight, at0)
+                    _fetch(decoder, weight, at1)
+                    _fetch(decoder, weight, at2)
+                    _fetch(decoder, weight, at3)
                     p0 = add_products(p0, codes_at(decoder, at0), x)
                     p1 = add_products(p1, codes_at(decoder, at1), x)
                     p2 = add_products(p2, codes_at(decoder, at2), x)
@@ -156,47 +240,48 @@ def _four_rows(decoder: Any, fields: Any, r0: Any, r1: Any, r2: Any, r3: Any, co
                 y2, y3 = add_scaled(decoder, y2, p2, s2), add_scaled(decoder, y3, p3, s3)
                 s0, s1 = following(decoder, s0), following(decoder, s1)
                 s2, s3 = following(decoder, s2), following(decoder, s3)
-            if last and first + panel >= fields[SPANS]:
-                y0 = _add_last_block(decoder, fields, r0, copy, x, s0, y0)
-                y1 = _add_last_block(decoder, fields, r1, copy, x, s1, y1)
-                y2 = _add_last_block(decoder, fields, r2, copy, x, s2, y2)
-                y3 = _add_last_block(decoder, fields, r3, copy, x, s3, y3)
+            if short and panel == weight.panels - 1:
+                y0 = _add_last_block(decoder, weight, r0, copy, x, s0, y0)
+                y1 = _add_last_block(decoder, weight, r1, copy, x, s1, y1)
+                y2 = _add_last_block(decoder, weight, r2, copy, x, s2, y2)
+                y3 = _add_last_block(decoder, weight, r3, copy, x, s3, y3)
     store_totals(y0, y1, y2, y3, totals)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _two_rows(
-    decoder: Any, fields: Any, r0: Any, r1: Any, t0: Any, t1: Any, t2: Any, t3: Any, copy: Any, totals: Any
+    decoder: Any, weight: Any, r0: Any, r1: Any, t0: Any, t1: Any, t2: Any, t3: Any, copy: Any, totals: Any
 ) -> None:  # fmt: skip
     """Totals of two rows and four tokens, token after token, to an address."""
-    wide, width, blocks, spans = fields[BLOCK_BYTES], fields[ROW_BYTES], fields[SPAN_BLOCKS], fields[SPANS]
-    codes, stride, span_scales = fields[CODES_AT], fields[X_STRIDE] * fields[PARTS], fields[SPAN_SCALES]
-    panel = LANES // span_scales if span_scales != 0 else spans
+    wide, width, blocks, spans = weight.block_bytes, weight.row_bytes, weight.span_blocks, weight.spans
+    codes, stride = weight.codes, weight.x_stride * weight.parts
     y00, y01, y02, y03 = no_sums(), no_sums(), no_sums(), no_sums()
     y10, y11, y12, y13 = no_sums(), no_sums(), no_sums(), no_sums()
-    copied = _reaches_out(fields, r1)
-    for part in range(fields[PARTS]):
-        x = fields[X_AT] + part * fields[X_STRIDE]
+    copied = r1 >= weight.whole
+    for part in range(weight.parts):
+        x = weight.x_at + part * weight.x_stride
         x0, x1, x2, x3 = x + t0 * stride, x + t1 * stride, x + t2 * stride, x + t3 * stride
         at0, at1 = codes + r0 * width, codes + r1 * width
-        for first in range(0, spans, panel):
-            group = first * span_scales
-            s0, s1 = _scales_of(decoder, fields, r0, group), _scales_of(decoder, fields, r1, group)
-            if part == 0:
-                y00 = _less_offsets(decoder, fields, r0, t0, group, s0, y00)
-                y01 = _less_offsets(decoder, fields, r0, t1, group, s0, y01)
-                y02 = _less_offsets(decoder, fields, r0, t2, group, s0, y02)
-                y03 = _less_offsets(decoder, fields, r0, t3, group, s0, y03)
-                y10 = _less_offsets(decoder, fields, r1, t0, group, s1, y10)
-                y11 = _less_offsets(decoder, fields, r1, t1, group, s1, y11)
-                y12 = _less_offsets(decoder, fields, r1, t2, group, s1, y12)
-                y13 = _less_offsets(decoder, fields, r1, t3, group, s1, y13)
-            for span in range(first, min(first + panel, spans)):
+        for panel in range(weight.panels):
+            first, group = panel * weight.panel, panel * LANES
+            s0, s1 = _scales_of(decoder, weight, r0, group), _scales_of(decoder, weight, r1, group)
+            if part == 0 and weight.x_sums_at != 0:
+                y00 = _less_offsets(decoder, weight, r0, t0, group, s0, y00)
+                y01 = _less_offsets(decoder, weight, r0, t1, group, s0, y01)
+                y02 = _less_offsets(decoder, weight, r0, t2, group, s0, y02)
+                y03 = _less_offsets(decoder, weight, r0, t3, group, s0, y03)
+                y10 = _less_offsets(decoder, weight, r1, t0, group, s1, y10)
+                y11 = _less_offsets(decoder, weight, r1, t1, group, s1, y11)
+                y12 = _less_offsets(decoder, weight, r1, t2, group, s1, y12)
+                y13 = _less_offsets(decoder, weight, r1, t3, group, s1, y13)
+            for span in range(first, min(first + weight.panel, spans)):
                 p00, p01, p02, p03 = no_sums(), no_sums(), no_sums(), no_sums()
                 p10, p11, p12, p13 = no_sums(), no_sums(), no_sums(), no_sums()
                 for block in range(blocks):
                     if copied and span == spans - 1 and block == blocks - 1:
-                        at0, at1 = _last_block(fields, r0, copy), _last_block(fields, r1, copy + COPY)
+                        at0, at1 = _last_block(weight, r0, copy), _last_block(weight, r1, copy + COPY)
+                    _fetch(decoder, weight, at0)
+                    _fetch(decoder, weight, at1)
                     row = codes_at(decoder, at0)
                     p00, p01 = add_products(p00, row, x0), add_products(p01, row, x1)
                     p02, p03 = add_products(p02, row, x2), add_products(p03, row, x3)
@@ -215,41 +300,43 @@ def _two_rows(
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _fetch_scales(fields: Any, first: Any, stop: Any) -> None:
+def _fetch_scales(weight: Any, first: Any, stop: Any) -> None:
     """Ask for the scales and zero points of some rows: waiting for them had taken a fifth of a small layer's time."""
-    groups, zeros_at = fields[GROUPS], fields[ZEROS_AT]
-    width = _scale_bytes(fields) * groups
-    fetch_lines(fields[SCALES_AT] + first * width, fields[SCALES_AT] + stop * width)
-    if zeros_at != 0:
-        fetch_lines(zeros_at + first * groups, zeros_at + stop * groups)
+    width = weight.scale_bytes * weight.groups
+    fetch_lines(weight.scales_at + first * width, weight.scales_at + stop * width)
+    fetch_lines(weight.zeros_at + first * weight.zeros, weight.zeros_at + stop * weight.zeros)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _one_token(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, totals: Any) -> None:
-    last, codes, width, grouped = fields[ROWS] - 1, fields[CODES_AT], fields[ROW_BYTES], fields[GROUPS] > 1
-    ahead = fields[AHEAD] // width
+    weight = _weight_of(decoder, fields)
+    grouped, width = weight.groups > 1, weight.row_bytes
+    ahead = max(4, weight.ahead // width)
     values = carray(pointer_to(totals), (SOME_ROWS,), np.float32)
-    fetch_lines(codes + start * width, codes + min(start + ahead, stop) * width)
+    fetch_lines(weight.codes + start * width, weight.codes + min(start * width + weight.ahead, stop * width))
     if grouped:
-        _fetch_scales(fields, start, min(start + ahead, stop))
+        _fetch_scales(weight, start, min(start + ahead, stop))
     for first in range(start, stop, SOME_ROWS):
         end = min(first + SOME_ROWS, stop)
         for r in range(first, end, 4):
             if grouped:
-                _fetch_scales(fields, r + ahead, r + ahead + 4)
-            rows = min(r + 1, last), min(r + 2, last), min(r + 3, last)
-            _four_rows(decoder, fields, r, rows[0], rows[1], rows[2], copy, totals + 4 * (r - first))
+                _fetch_scales(weight, r + ahead, r + ahead + 4)
+            if width >= LONG_ROW:
+                _long_rows(decoder, weight, r, copy, totals + 4 * (r - first))
+            else:
+                _short_rows(decoder, weight, r, copy, totals + 4 * (r - first))
         _finish(fields, first, 0, values[: end - first])
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _some_tokens(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, totals: Any) -> None:
+    weight = _weight_of(decoder, fields)
     last, tokens = fields[ROWS] - 1, fields[TOKENS]
     values = carray(pointer_to(totals), (8,), np.float32)
     for r in range(start, stop, 2):
         for t in range(0, tokens, 4):
             others = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)
-            _two_rows(decoder, fields, r, min(r + 1, last), t, others[0], others[1], others[2], copy, totals)
+            _two_rows(decoder, weight, r, min(r + 1, last), t, others[0], others[1], others[2], copy, totals)
             for token in range(t, min(t + 4, tokens)):
                 at = 2 * (token - t)
                 _finish(fields, r, token, values[at : at + min(2, last + 1 - r)])

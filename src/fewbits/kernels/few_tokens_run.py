@@ -8,7 +8,7 @@ from fewbits.kernels import dot_rows as rows
 from fewbits.kernels import tokens as arranged
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decoders import BF16, BLOCK, FP8, INT8, RAISED, block_bytes, order_of
-from fewbits.kernels.fetching import bytes_ahead
+from fewbits.kernels.fetching import AHEAD_BYTES_OF_LONG, bytes_ahead
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Work
 from fewbits.kernels.tokens_run import STORED
@@ -61,7 +61,7 @@ class DotRows(CompiledLinear):
                 rows.RAISED_BY: raised,
                 rows.X_STRIDE: 2 * self._padded,
                 rows.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
-                rows.AHEAD: bytes_ahead(row_bytes, 4),
+                rows.AHEAD: AHEAD_BYTES_OF_LONG if row_bytes >= rows.LONG_ROW else bytes_ahead(row_bytes, 4),
             },
             multiple=4,
         )

@@ -192,6 +192,31 @@ def add_products(typing_context: Any, sums: Any, codes: Any, x_at: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def add_products_apart(typing_context: Any, sums: Any, codes: Any, x_at: Any) -> Any:
+    """Like `add_products`, into two sums that need not wait for each other."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, codes, x_at = arguments
+        apart = [builder.extract_value(sums, half) for half in range(2)]
+        for j in range(4):
+            x = load(builder, builder.add(x_at, ir.Constant(I64, 2 * CODES * j)), Bf16Lanes.vector)
+            apart[j % 2] = dot_pairs(builder, apart[j % 2], builder.extract_value(codes, j), x)
+        return context.make_tuple(builder, signature.return_type, apart)
+
+    return types.UniTuple(Sums, 2)(types.UniTuple(Sums, 2), codes, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def both(typing_context: Any, sums: Any) -> Any:
+    """Two sums as one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*(builder.extract_value(arguments[0], half) for half in range(2)))
+
+    return Sums(types.UniTuple(Sums, 2)), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def bytes_at(typing_context: Any, address: Any) -> Any:
     """64 bytes at an address."""
 
@@ -288,10 +313,10 @@ def store_totals(typing_context: Any, first: Any, second: Any, third: Any, fourt
                 )
                 for half in (range(size // 2), range(size // 2, size))
             ]
-            return builder.fadd(*halves)
+            return builder.add(*halves) if first == IntSums else builder.fadd(*halves)
 
         totals = folded(2, folded(4, folded(8, folded(16, *sums[:2]), folded(16, *sums[2:]))))
         builder.store(totals, builder.inttoptr(address, totals.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.none(Sums, Sums, Sums, Sums, types.int64), generate
+    return types.none(*[first] * 4, types.int64), generate

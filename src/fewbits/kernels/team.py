@@ -4,7 +4,8 @@ A program is a row of blocks of integers, one a step: a compiled function, how m
 sizes that it works with. Every thread of the team goes through all steps; at each it takes pieces of the rows until
 none is left, and goes on when all rows are done. So it does not matter how many threads come, or when: one that the
 system holds back is waited for only while it has a piece in hand. Rows are in as many parts as there are threads; each
-begins with one of them, and its pieces follow each other in memory, which processors look ahead in.
+begins with one of them, and its pieces follow each other in memory. A thread that waits asks for what it will read of
+the next weight: between two large steps there are small ones, and memory would stand idle.
 
 A second pool of threads beside torch's would find its processors taken: OpenMP's threads spin for milliseconds after
 each of torch's own operations. So a program is handed to the OpenMP library that torch carries; where it carries none,
@@ -24,25 +25,34 @@ import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 from fewbits.kernels.compiling import Array
+from fewbits.kernels.fetching import fetch_lines
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.threads import on_threads
 
-# A step's block. Its counters have a cache line of their own: how many rows of each part were handed out, and how many
-# rows are done in all.
-TAKEN, PARTS, DONE = 0, 7, 7
-FUNCTION, ROWS, MULTIPLE, OWN = 8, 9, 10, 11
+# A step's block. How many rows of each part were handed out, and how many rows are done in all, each have a cache line
+# of their own: threads that take rows of one part don't slow others down, nor do those that wait.
+TAKEN, PARTS, LINE = 0, 7, 8
+DONE = LINE * PARTS
+# Pieces are multiples of so many rows; PIECE rows are handed out at once, and PART_ROWS rows are a part.
+FUNCTION, ROWS, MULTIPLE, PIECE, PART_ROWS = range(DONE + LINE, DONE + LINE + 5)
+# What a step reads row by row from memory: the first row's address, and bytes of a row, 0 if it reads nothing so. And
+# how many words behind this block that of the next such step lies, 0 if there is none.
+STREAM_AT, STREAM_BYTES, NEXT_STREAM, OWN = range(PART_ROWS + 1, PART_ROWS + 5)
 # Words of a block: the function's own fields begin at OWN.
-WORDS = 32
+WORDS = OWN + 24
 # What a program begins with; MEMBERS is how many threads have come.
 STEPS, THREADS, YIELD_AT, MEMBERS, HEADER = 0, 1, 2, 3, 8
 # Pieces per thread: enough to even out what other processes take.
 PIECES = 8
 # OpenMP's threads wake in the time of this many products.
 ALONE = 2**16
+# Bytes of what its part of the next step reads that a waiting thread asks for between two looks, and at most: so much
+# stays in its own cache.
+FETCHED_AT_ONCE, FETCHED = 2**9, 2**17
 # Looks at the counter before the processor is offered to others: some 30 µs, more than an undisturbed piece takes.
 LOOKS = 1000
 
@@ -65,7 +75,17 @@ def _fetch_add(typing_context: Any, address: Any, amount: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _look(typing_context: Any, address: Any) -> Any:
-    """The int64 at an address, with everything that was written before it; a hint to the processor not to hurry."""
+    """The int64 at an address, with everything that was written before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pause(typing_context: Any) -> Any:
+    """A hint to the processor not to hurry."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         name, operands = {
@@ -74,9 +94,9 @@ def _look(typing_context: Any, address: Any) -> Any:
         }.get(_ARCHITECTURE, ("llvm.donothing", []))
         hint = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
         builder.call(builder.module.declare_intrinsic(name, fnty=hint), operands)
-        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
+        return context.get_dummy_value()
 
-    return types.int64(types.int64), generate
+    return types.none(), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -103,6 +123,25 @@ def _call_yield(typing_context: Any, function: Any) -> Any:
     return types.none(types.int64), generate
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _part_of(block: Any, part: Any) -> Any:
+    """The first row of a part, and the first behind it."""
+    begin = part * block[PART_ROWS]
+    return begin, min(begin + block[PART_ROWS], block[ROWS])
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _stream_of(at: Any, part: Any) -> Any:
+    """Where a part's memory of the next step that reads any begins and ends, as far as is asked for."""
+    behind = carray(pointer_to(at), (WORDS,), np.int64)[NEXT_STREAM]
+    if behind == 0:
+        return np.int64(0), np.int64(0)
+    block = carray(pointer_to(at + 8 * behind), (WORDS,), np.int64)
+    begin, end = _part_of(block, part)
+    first = block[STREAM_AT] + begin * block[STREAM_BYTES]
+    return first, first + min(FETCHED, (end - begin) * block[STREAM_BYTES])
+
+
 def _team(pointer: Any) -> None:
     """All steps of a program; any number of threads may do this at once."""
     header = carray(pointer, (HEADER,), np.int64)
@@ -110,20 +149,16 @@ def _team(pointer: Any) -> None:
     parts = min(header[THREADS], PARTS)
     member = _fetch_add(first + 8 * MEMBERS, 1)
     at = first + 8 * HEADER
+    fetched, until = np.int64(0), np.int64(0)
     for _ in range(header[STEPS]):
         block = carray(pointer_to(at), (WORDS,), np.int64)
-        rows, multiple = block[ROWS], block[MULTIPLE]
-        share = header[THREADS] * PIECES * multiple
-        piece = max(1, (rows + share - 1) // share) * multiple
-        pieces = (rows + piece - 1) // piece
-        part_rows = (pieces + parts - 1) // parts * piece
+        rows, piece = block[ROWS], block[PIECE]
         done = 0
         for turn in range(parts):
             part = (member + turn) % parts
-            begin = part * part_rows
-            end = min(begin + part_rows, rows)
-            while begin + _look(at + 8 * (TAKEN + part)) < end:
-                start = begin + _fetch_add(at + 8 * (TAKEN + part), piece)
+            begin, end = _part_of(block, part)
+            while begin + _look(at + 8 * (TAKEN + LINE * part)) < end:
+                start = begin + _fetch_add(at + 8 * (TAKEN + LINE * part), piece)
                 if start >= end:
                     break
                 stop = min(start + piece, end)
@@ -131,8 +166,15 @@ def _team(pointer: Any) -> None:
                 done += stop - start
         if done:
             _fetch_add(at + 8 * DONE, done)
+        if block[STREAM_BYTES] != 0 or fetched == 0:
+            fetched, until = _stream_of(at, member % parts)
         looks = 0
         while _look(at + 8 * DONE) < rows:
+            if fetched < until:
+                fetch_lines(fetched, min(fetched + FETCHED_AT_ONCE, until))
+                fetched += FETCHED_AT_ONCE
+                continue
+            _pause()
             looks += 1
             if looks > LOOKS and header[YIELD_AT] != 0:
                 _call_yield(header[YIELD_AT])
@@ -200,19 +242,39 @@ class Program:
         at: int = buffer.__array_interface__["data"][0]
         first = -(at // 8) % 8
         self._words, self._address = buffer[first : first + words], at + 8 * first
-        self._words[STEPS], self._words[YIELD_AT] = len(steps), _yield_address()
+        self._words[STEPS], self._words[THREADS], self._words[YIELD_AT] = len(steps), 0, _yield_address()
         np.concatenate(steps, out=self._words[HEADER:])
         self._blocks = self._words[HEADER:].reshape(len(steps), WORDS)
-        self._counters = self._blocks[:, : DONE + 1]
+        self._counters = self._blocks[:, : DONE + 1 : LINE]
 
     def place(self, step: int, field: int, address: int) -> None:
         """Put another address into a field of a step."""
         self._blocks[step, field] = address
 
+    def begin(self, threads: int) -> None:
+        """Have all rows yet to be done, by so many threads."""
+        self._counters[:] = 0
+        self._words[MEMBERS] = 0
+        if threads != self._words[THREADS]:
+            self._words[THREADS] = threads
+            self._divide(threads)
+
+    def _divide(self, threads: int) -> None:
+        """Divide the rows of all steps among so many threads."""
+        behind = 0
+        for block in self._blocks[::-1]:
+            rows, multiple = block[ROWS : MULTIPLE + 1].tolist()
+            piece = max(1, -(-rows // (threads * PIECES * multiple))) * multiple
+            block[PIECE : PART_ROWS + 1] = piece, -(-(-(-rows // piece)) // min(threads, PARTS)) * piece
+            block[NEXT_STREAM] = behind
+            if block[STREAM_BYTES] != 0:
+                behind = WORDS
+            elif behind != 0:
+                behind += WORDS
+
     def run(self, threads: int) -> None:
         """Go through all steps once; returns when everything is done."""
-        self._counters[:] = 0
-        self._words[THREADS], self._words[MEMBERS] = threads, 0
+        self.begin(threads)
         team, parallel = _compiled_team(), _openmp()
         if threads == 1:
             team.ctypes(self._address)
