@@ -279,7 +279,7 @@ def less_offsets(
     context: Any, decoder: Any, sums: Any, raised: Any, scales: Any, zeros_at: Any, zeros: Any, x_sums_at: Any,
     count: Any,
 ) -> Any:  # fmt: skip
-    """Sums − s · (raised + z) · Σx for up to 16 groups; z of `zeros` of them, 0 of others; no scale if a row has one."""
+    """Sums − s · (raised + z) · Σx for up to 16 groups; z of `zeros` of them, 0 of others; no s if a row has one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         decoder, wide = signature.args[0], Sums.vector

@@ -41,8 +41,8 @@ CODES_AT, ROW_BYTES = STREAM_AT, STREAM_BYTES
 ) = range(OWN, OWN + 19)  # fmt: skip
 # Bytes of a copied last block.
 COPY = 256
-# Bytes of a row from which on rows go one after the other at one token: that is how they lie in memory. Of shorter rows,
-# four at a time need fewer instructions; measured on 576 and 2048 inputs of 4 bits.
+# Bytes of a row from which on rows go one after the other at one token: that is how they lie in memory. Of shorter
+# rows, four at a time need fewer instructions; measured on 576 and 2048 inputs of 4 bits.
 LONG_ROW = 2**10
 # Rows whose totals are kept before outputs are made of them.
 SOME_ROWS = 128
@@ -130,7 +130,7 @@ def _finish(fields: Any, row: Any, token: Any, totals: Any) -> None:
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _copy_last_block(codes: Any, before: Any, row_bytes: Any, copy: Any) -> Any:
-    """Copy what a row at an address has behind so many bytes, with zeros behind it, to an address; which is returned."""
+    """Copy what a row has behind so many bytes, and zeros behind it, to an address, which is returned."""
     to = carray(pointer_to(copy), (COPY,), np.uint8)
     to[:] = 0
     row = carray(pointer_to(codes), (row_bytes,), np.uint8)

@@ -265,7 +265,8 @@ class Program:
         for block in self._blocks[::-1]:
             rows, multiple = block[ROWS : MULTIPLE + 1].tolist()
             piece = max(1, -(-rows // (threads * PIECES * multiple))) * multiple
-            block[PIECE : PART_ROWS + 1] = piece, -(-(-(-rows // piece)) // min(threads, PARTS)) * piece
+            pieces = -(-rows // piece)
+            block[PIECE : PART_ROWS + 1] = piece, -(-pieces // min(threads, PARTS)) * piece
             block[NEXT_STREAM] = behind
             if block[STREAM_BYTES] != 0:
                 behind = WORDS
