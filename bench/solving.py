@@ -1,8 +1,9 @@
-"""Solving alone, from a Gram to codes: fewbits against llm-compressor, on the same weights and the same Gram.
+"""Solving alone, from a Gram to codes: fewbits against llm-compressor and GPTQModel, on the same weights and Gram.
 
-Usage: python bench/solving.py --peer-python PYTHON [--shapes 4096x4096 14336x4096] [--group-size 128] [--runs 3]
+Usage: python bench/solving.py [--llm-compressor PYTHON] [--gptqmodel PYTHON] [--shapes 4096x4096 14336x4096]
+       [--group-size 128] [--runs 3]
 
-PYTHON has llm-compressor (bench/peers/llm_compressor_solve.py). Inputs are correlated and their channels unlike each
+Each PYTHON has that peer (bench/peers/llm_compressor_solve.py, gptqmodel_solve.py). Inputs are correlated and their channels unlike each
 other, as a model's are. Both sides run as processes of their own, in turn; loss is relative, by the same Gram.
 """
 
@@ -25,7 +26,7 @@ from fewbits.schemes import Scheme
 from fewbits.solvers import gptq
 
 RESULTS = Path(__file__).parent / "results" / "solving.jsonl"
-PEER = Path(__file__).parent / "peers" / "llm_compressor_solve.py"
+PEERS = {"llm-compressor": "llm_compressor_solve.py", "gptqmodel": "gptqmodel_solve.py"}
 
 
 def make_problem(path: Path, rows: int, columns: int) -> None:
@@ -59,7 +60,8 @@ def solve_here(path: Path, scheme: Scheme, runs: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", metavar="PYTHON")
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096"], help="out x in")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--symmetric", action="store_true")
@@ -80,8 +82,9 @@ def main() -> None:
             path = Path(scratch) / f"{shape}.safetensors"
             make_problem(path, rows, columns)
             sides = {"fewbits": [sys.executable, __file__, "--here", str(path)]}
-            if args.peer_python:
-                sides["llm-compressor"] = [args.peer_python, str(PEER), str(path)]
+            for peer, script in PEERS.items():
+                if python := getattr(args, peer.replace("-", "_")):
+                    sides[peer] = [python, str(Path(__file__).parent / "peers" / script), str(path)]
             seconds: dict[str, list[float]] = {side: [] for side in sides}
             losses: dict[str, float] = {}
             for _ in range(args.runs):
