@@ -3,8 +3,9 @@
 Usage: python bench/solving.py [--llm-compressor PYTHON] [--gptqmodel PYTHON] [--shapes 4096x4096 14336x4096]
        [--group-size 128] [--runs 3]
 
-Each PYTHON has that peer (bench/peers/llm_compressor_solve.py, gptqmodel_solve.py). Inputs are correlated and their channels unlike each
-other, as a model's are. Both sides run as processes of their own, in turn; loss is relative, by the same Gram.
+Each PYTHON has that peer (bench/peers/llm_compressor_solve.py, gptqmodel_solve.py). Inputs are correlated and their
+channels unlike each other, as a model's are. All sides run as processes of their own, in turn; loss is relative, by
+the same Gram.
 """
 
 from __future__ import annotations
