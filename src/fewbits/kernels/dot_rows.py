@@ -29,7 +29,16 @@ from fewbits.kernels.decoders import (
     span_blocks,
 )
 from fewbits.kernels.fetching import fetch_lines
-from fewbits.kernels.lanes import LANES, add_products, add_products_apart, both, no_sums, store_totals
+from fewbits.kernels.lanes import (
+    LANES,
+    add_products,
+    add_products_apart,
+    both,
+    keep_sums,
+    kept_sums,
+    no_sums,
+    store_totals,
+)
 from fewbits.kernels.memory import FLOAT32, number_at, on_stack, pointer_to, write_all
 from fewbits.kernels.team import OWN, ROWS, STREAM_AT, STREAM_BYTES, WORDS, compiled_work
 
@@ -46,8 +55,9 @@ COPY = 256
 LONG_ROW = 2**10
 # Rows whose totals are kept before outputs are made of them.
 SOME_ROWS = 128
-# Bytes of what a thread has on its stack: copied blocks of two rows, and totals.
+# Bytes of what a thread has on its stack: copied blocks of two rows, behind them sums of four rows, and totals.
 COPIES, TOTALS = 2 * COPY, 4 * SOME_ROWS
+ROOM = COPIES + 256
 
 
 class _Weight(NamedTuple):
@@ -198,10 +208,11 @@ def _row(decoder: Any, weight: Any, row: Any, copy: Any) -> Any:
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _long_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> None:
     """Totals of four rows and one token, row after row, to an address."""
-    last = weight.rows - 1
-    y0, y1 = _row(decoder, weight, r0, copy), _row(decoder, weight, min(r0 + 1, last), copy)
-    y2, y3 = _row(decoder, weight, min(r0 + 2, last), copy), _row(decoder, weight, min(r0 + 3, last), copy)
-    store_totals(y0, y1, y2, y3, totals)
+    last, kept = weight.rows - 1, copy + COPIES
+    # In a loop, not written out four times: that had taken the compiler four times as long.
+    for k in range(4):
+        keep_sums(_row(decoder, weight, min(r0 + k, last), copy), kept + 64 * k)
+    store_totals(kept_sums(kept), kept_sums(kept + 64), kept_sums(kept + 128), kept_sums(kept + 192), totals)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -345,7 +356,7 @@ def _some_tokens(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, to
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _rows(decoder: Any, block: Any, start: Any, stop: Any) -> None:
     fields = carray(pointer_to(block), (WORDS,), np.int64)
-    copy, totals = on_stack(COPIES), on_stack(TOTALS)
+    copy, totals = on_stack(ROOM), on_stack(TOTALS)
     if fields[TOKENS] == 1:
         _one_token(decoder, fields, start, stop, copy, totals)
     else:

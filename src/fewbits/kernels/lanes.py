@@ -207,6 +207,27 @@ def add_products_apart(typing_context: Any, sums: Any, codes: Any, x_at: Any) ->
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def keep_sums(typing_context: Any, sums: Any, address: Any) -> Any:
+    """Sums to an address, 64 bytes of them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[0], builder.inttoptr(arguments[1], Sums.vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(Sums, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def kept_sums(typing_context: Any, address: Any) -> Any:
+    """The sums at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return load(builder, arguments[0], Sums.vector)
+
+    return Sums(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def both(typing_context: Any, sums: Any) -> Any:
     """Two sums as one."""
 
