@@ -177,16 +177,22 @@ def dot_pairs(builder: Any, sums: Any, left: Any, right: Any) -> Any:
     return multiply_add(builder, odd[0], odd[1], sums)
 
 
+def _add_products(builder: Any, sums: list[Any], codes: Any, x_at: Any) -> list[Any]:
+    """Sums + four vectors of bf16 numbers · 128 bf16 numbers at an address, one sum after the other."""
+    sums = list(sums)
+    for j in range(4):
+        x = load(builder, builder.add(x_at, ir.Constant(I64, 2 * CODES * j)), Bf16Lanes.vector)
+        turn = j % len(sums)
+        sums[turn] = dot_pairs(builder, sums[turn], builder.extract_value(codes, j), x)
+    return sums
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def add_products(typing_context: Any, sums: Any, codes: Any, x_at: Any) -> Any:
     """Sums + four vectors of bf16 numbers · 128 bf16 numbers at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, codes, x_at = arguments
-        for j in range(4):
-            x = load(builder, builder.add(x_at, ir.Constant(I64, 2 * CODES * j)), Bf16Lanes.vector)
-            sums = dot_pairs(builder, sums, builder.extract_value(codes, j), x)
-        return sums
+        return _add_products(builder, [arguments[0]], *arguments[1:])[0]
 
     return Sums(Sums, codes, types.int64), generate
 
@@ -196,12 +202,8 @@ def add_products_apart(typing_context: Any, sums: Any, codes: Any, x_at: Any) ->
     """Like `add_products`, into two sums that need not wait for each other."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, codes, x_at = arguments
-        apart = [builder.extract_value(sums, half) for half in range(2)]
-        for j in range(4):
-            x = load(builder, builder.add(x_at, ir.Constant(I64, 2 * CODES * j)), Bf16Lanes.vector)
-            apart[j % 2] = dot_pairs(builder, apart[j % 2], builder.extract_value(codes, j), x)
-        return context.make_tuple(builder, signature.return_type, apart)
+        apart = [builder.extract_value(arguments[0], half) for half in range(2)]
+        return context.make_tuple(builder, signature.return_type, _add_products(builder, apart, *arguments[1:]))
 
     return types.UniTuple(Sums, 2)(types.UniTuple(Sums, 2), codes, types.int64), generate
 
