@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from fewbits.kernels.int8_run import ByteTiles
-from fewbits.kernels.lanes import HAS_MATRIX_UNITS, HAS_VNNI
+from fewbits.kernels.lanes import HAS_VNNI
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.spec import LinearWeight
 from fewbits.kernels.tokens_run import int8_tokens
 from fewbits.methods import Int8Symmetric

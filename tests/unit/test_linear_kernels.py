@@ -108,7 +108,7 @@ def test_w8a8_by_onednn_some_tokens_at_a_time(at_once: int, monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int8_tiles_of_every_shape(dtype: torch.dtype) -> None:
     """All numbers of tokens a tile has, several tiles, rows that fill no block, inputs that fill none or several."""
-    for rows, columns in ((50, 96), (7, 2308), (1, 4), (97, 68)):
+    for rows, columns in ((50, 96), (7, 2308), (1, 4), (97, 68), (35, 128), (130, 4160)):
         case = make(W8A8, rows, columns)
         for tokens in (1, 16, 17, 40, 64, 130):
             x = activations(tokens, columns, dtype)
@@ -121,7 +121,7 @@ def test_int8_tiles_of_every_shape(dtype: torch.dtype) -> None:
 def test_tiles_of_every_shape(bits: int, group: int) -> None:
     """All numbers of tokens a tile has, several tiles, rows that fill no block, inputs that fill none or several."""
     scheme = Scheme("int", bits, False, group)
-    for rows, columns in ((50, 96), (7, 1152)):
+    for rows, columns in ((50, 96), (7, 1152), (227, 1152)):
         if group and columns % group:
             continue
         case = make(scheme, rows, columns)
@@ -137,7 +137,7 @@ def test_tiles_of_every_shape(bits: int, group: int) -> None:
 @pytest.mark.skipif("bf16_products" not in CPU.features, reason="no bf16 products on this processor")
 @pytest.mark.parametrize("scheme", [Scheme("int", 4, False, 32), Scheme("float", 8, True, 0, "dynamic")], ids=str)
 def test_tokens_in_several_turns_come_out_as_in_one(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 tokens are 4 tiles of 64, of which the last is not full."""
+    """200 tokens are several tiles, of which the last is not full."""
     case, x = make(scheme, 50, 96), activations(200, 96, torch.bfloat16)
     run = Tiles().prepare(case.weight, case.bias)
     at_once = run(x)
@@ -182,11 +182,9 @@ def test_the_choice_by_tokens_and_processor() -> None:
     assert choose(spec(int4, 1)).name == "decode in registers"
     assert choose(spec(int4, 1024)).name == "panels"
     products = frozenset({"numba", "bf16_products"})
-    matrices = Machine(products | {"bf16_matrices"})
     assert choose(spec(int4, 4, machine=Machine(products))).name == "decode in registers"
     assert choose(spec(int4, 5, machine=Machine(products))).name == "tiles"
     assert choose(spec(int4, 1024, machine=Machine(products))).name == "tiles"
-    assert choose(spec(int4, 1024, machine=matrices)).name == "panels"
     assert choose(spec(int4, 1024, machine=Machine(products), dtype=torch.float16)).name == "panels"
     assert choose(spec(W8A8, 1)).name == "int8 dot products"
     assert choose(spec(W8A8, 1024)).name == "oneDNN int8"
@@ -198,8 +196,9 @@ def test_the_choice_by_tokens_and_processor() -> None:
     assert choose(replace(small, in_features=574)).name == "oneDNN int8"
     assert choose(spec(W8A8, 1024, machine=bytes_too)).name == "oneDNN int8"
     assert choose(spec(W8A8, 1024, machine=Machine(frozenset({"numba", "byte_products"})))).name == "int8 tiles"
-    amx = Machine(bytes_too.features | {"byte_matrices"})
-    assert choose(replace(small, tokens=64, machine=amx)).name == "oneDNN int8"
+    matrices = Machine(bytes_too.features | {"matrix_units"})
+    assert choose(spec(W8A8, 1024, machine=matrices)).name == "int8 tiles"
+    assert choose(replace(spec(W8A8, 1024, machine=matrices), in_features=4100)).name == "oneDNN int8"
     assert choose(spec(int4, 1, machine=Machine())).name == "reference"
     assert choose(spec(int4, 1, dtype=torch.float64)).name == "reference"
 

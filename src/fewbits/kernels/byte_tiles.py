@@ -39,10 +39,10 @@ def _make_ready(decoder: Any, fields: Any, row: Any, first: Any, last: Any, out_
 
 
 @cache
-def byte_tiles(vectors: int) -> Any:
+def byte_tiles(vectors: int, in_matrices: bool) -> Any:
     """The compiled work for one shape of tiles."""
 
     def work(block: Any, start: Any, stop: Any) -> None:
-        multiply_rows(None, tile_of(vectors, True), block, start, stop)
+        multiply_rows(None, tile_of(vectors, True, in_matrices), block, start, stop)
 
     return compiled_work(work)

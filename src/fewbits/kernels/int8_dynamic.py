@@ -6,7 +6,6 @@ import torch
 
 from fewbits.kernels.activations import round_tokens
 from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
-from fewbits.kernels.tiles import MOST_BESIDE_MATRICES
 from fewbits.schemes import Scheme
 
 # Above these many tokens, tiles or oneDNN's blocked products are faster: of small weights, and of larger ones.
@@ -14,6 +13,8 @@ MOST_TOKENS_SMALL, MOST_TOKENS, SMALL = 8, 2, 2**22
 # Above so many weights, oneDNN's copy of them, laid out for the processor, comes from memory faster. All measured in
 # bench/linear.py.
 MOST_WEIGHTS = 2**22
+# Inputs that matrix units take at once.
+LINE = 64
 # 127 · 127 · this many products stay below 2^24, where fp32 sums of integers are exact.
 EXACT_IN_FP32 = 1024
 
@@ -66,10 +67,10 @@ class Int8Tiles:
             return "needs a processor with products of bytes (AVX-512 VNNI)"
         if spec.in_features % 4:
             return f"takes inputs by fours, not {spec.in_features}"
-        if "exact_u8s8" in spec.machine.features and spec.in_features * spec.out_features > MOST_WEIGHTS:
+        in_matrices = "matrix_units" in spec.machine.features and spec.in_features % LINE == 0
+        is_large = spec.in_features * spec.out_features > MOST_WEIGHTS
+        if "exact_u8s8" in spec.machine.features and is_large and not in_matrices:
             return f"slower than oneDNN above 2^{MOST_WEIGHTS.bit_length() - 1} weights"
-        if "byte_matrices" in spec.machine.features and spec.tokens > MOST_BESIDE_MATRICES:
-            return f"slower above {MOST_BESIDE_MATRICES} tokens than oneDNN, which uses matrix units"
         return None
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:

@@ -11,10 +11,11 @@ from fewbits.kernels import tokens as tokens_work
 from fewbits.kernels.byte_tiles import byte_tiles
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.lanes import LANES
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.onednn import onednn_sums
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Program, Work, team_size
-from fewbits.kernels.tile_sums import BLOCK_ROWS, tile_vectors
+from fewbits.kernels.tile_sums import PIECE_ROWS, tile_vectors
 from fewbits.kernels.token_tiles_run import token_scales
 from fewbits.kernels.tokens_run import STORED, int8_step, int8_tokens
 
@@ -67,6 +68,7 @@ class ByteTiles(CompiledLinear):
         begin = codes.sum(1, dtype=torch.int32) * -128
         self._kept = (codes, scales, wide_bias, begin)
         self._width = self._in // 4
+        self._in_matrices = HAS_MATRIX_UNITS and self._width % LANES == 0
         self._fields = {
             rows.CODES_AT: codes.data_ptr(),
             rows.ROW_BYTES: self._in,
@@ -84,7 +86,7 @@ class ByteTiles(CompiledLinear):
         tokens = x.shape[0]
         vectors = tile_vectors(tokens)
         if vectors not in self._works:
-            self._works[vectors] = Work(byte_tiles(vectors), self._fields, multiple=BLOCK_ROWS)
+            self._works[vectors] = Work(byte_tiles(vectors, self._in_matrices), self._fields, multiple=PIECE_ROWS)
         lanes = LANES * vectors
         codes, scales = torch.empty(x.shape, dtype=torch.uint8), token_scales(tokens)
         arranged = torch.empty((-(-tokens // lanes), self._width, lanes), dtype=torch.int32)

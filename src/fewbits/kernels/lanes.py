@@ -24,8 +24,6 @@ _features = llvm.get_host_cpu_features()
 HAS_BF16 = bool(_features.get("avx512bf16"))
 HAS_VNNI = bool(_features.get("avx512vnni"))
 HAS_BYTE_TABLES = bool(_features.get("avx512vbmi"))
-HAS_MATRIX_UNITS = bool(_features.get("amx-bf16"))
-HAS_BYTE_MATRICES = bool(_features.get("amx-int8"))
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]

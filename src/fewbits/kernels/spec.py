@@ -122,11 +122,9 @@ def not_compiled(spec: LinearSpec) -> str | None:
 
 def _instructions() -> set[str]:
     from fewbits.kernels import lanes
+    from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 
-    found = {
-        "bf16_products": lanes.HAS_BF16, "bf16_matrices": lanes.HAS_MATRIX_UNITS,
-        "byte_products": lanes.HAS_VNNI, "byte_matrices": lanes.HAS_BYTE_MATRICES,
-    }  # fmt: skip
+    found = {"bf16_products": lanes.HAS_BF16, "byte_products": lanes.HAS_VNNI, "matrix_units": HAS_MATRIX_UNITS}
     return {name for name, there in found.items() if there}
 
 

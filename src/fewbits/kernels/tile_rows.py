@@ -15,7 +15,19 @@ from fewbits.kernels.lanes import LANES
 from fewbits.kernels.memory import FLOAT32, number_at, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS
 from fewbits.kernels.tile_outputs import ROOM, write_tile
-from fewbits.kernels.tile_sums import BLOCK_BYTES, BLOCK_ROWS, STRIDE, TILE, VECTOR_BYTES, WORD_BYTES, add_tile, rows_of
+from fewbits.kernels.tile_sums import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
+    STRIDE,
+    TILE,
+    VECTOR_BYTES,
+    WORD_BYTES,
+    add_tile,
+    begin,
+    end,
+    rows_of,
+    vectors_of,
+)
 
 # The fields of a block that every kind of product has; a kind's own begin at OWN_OF_KIND. WORDS_OF_ROW: words of 32
 # bits that a row of inputs takes as tiles multiply them. SCALES_AT: of rows, or 0 where the rows themselves are scaled.
@@ -57,8 +69,7 @@ def _begin(
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _blocks(decoder: Any, tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> None:
-    height, words = rows_of(tile), fields[WORDS_OF_ROW]
-    vectors = TILE // height
+    height, vectors, words = rows_of(tile), vectors_of(tile), fields[WORDS_OF_ROW]
     lanes = vectors * LANES
     tiles = (fields[TOKENS] + lanes - 1) // lanes
     # Blocks of about the same width: what begins and ends a tile's sums is paid once for each.
@@ -76,8 +87,11 @@ def _blocks(decoder: Any, tile: Any, fields: Any, start: Any, stop: Any, memory:
         carray(pointer_to(biases), (BLOCK_ROWS,), np.float32)[:] = np.float32(0.0)
     narrow = 4 if fields[OUT_KIND] == FLOAT32 else 2
     out_stride = narrow * fields[ROWS]
-    for top in range(start, stop, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, stop - top)
+    # Blocks of about the same height as well.
+    rows = (stop - start + BLOCK_ROWS - 1) // BLOCK_ROWS
+    rows = ((stop - start + rows - 1) // rows + height - 1) // height * height
+    for top in range(start, stop, rows):
+        count = min(rows, stop - top)
         _begin(fields, top, count, tiles, lanes, sums, scales, biases)
         for first in range(0, words, width):
             last = min(first + width, words)
@@ -102,8 +116,10 @@ def _blocks(decoder: Any, tile: Any, fields: Any, start: Any, stop: Any, memory:
 def multiply_rows(decoder: Any, tile: Any, address: Any, start: Any, stop: Any) -> None:
     """Rows `start` to `stop` of a block of fields times all tokens."""
     fields = carray(pointer_to(address), (WORDS,), np.int64)
-    lanes = TILE // rows_of(tile) * LANES
+    lanes = vectors_of(tile) * LANES
     tiles = (fields[TOKENS] + lanes - 1) // lanes
     numbers = 2 * BLOCK_ROWS + TILE * LANES + tiles * BLOCK_ROWS * lanes
+    begin(tile)
     # Handed over rather than used here: it lives as long as the call.
     _blocks(decoder, tile, fields, start, stop, np.empty(64 + BLOCK_ROWS * STRIDE + ROOM + 4 * numbers, np.uint8))
+    end(tile)

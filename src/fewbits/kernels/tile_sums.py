@@ -15,32 +15,36 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from fewbits.kernels.lanes import I32, I64, LANES, PAIRS_OF_BF16, ByteLanes, IntSums, Sums, call, load, repeat, spread
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, LINE, add_tiles, begin_tiles, end_tiles
 from fewbits.kernels.strips import add_products_of_pairs
 
-# Rows of a block that a thread works on, and the bytes of inputs that it holds of each.
-BLOCK_ROWS, BLOCK_BYTES = 48, 1024
+# Rows of a block that a thread works on, the bytes of inputs that it holds of each, and what the pieces of rows that
+# threads take are multiples of. Matrix units sum up faster than the next cache delivers: larger blocks ask less of it.
+BLOCK_ROWS, BLOCK_BYTES, PIECE_ROWS = (96, 2048, 32) if HAS_MATRIX_UNITS else (48, 1024, 48)
 # Bytes from one row of a block to the next: a line more than it has, so that rows don't fall on the same lines of a
 # cache.
 STRIDE = BLOCK_BYTES + 64
-# Vectors of sums of a tile.
-TILE = 24
+# Vectors of sums of a tile, and of 16 tokens in one at most; and rows of one that matrix units sum up.
+TILE, MOST_VECTORS = 24, 2 if HAS_MATRIX_UNITS else 4
+MATRIX_ROWS = 32
 # Bytes of a vector of sums or of activations, and of a word of inputs.
 VECTOR_BYTES, WORD_BYTES = 64, 4
 
 
 def tile_vectors(tokens: int) -> int:
-    """Vectors of 16 tokens in a tile, 1 to 4, so that the last tile wastes few."""
-    tiles = -(-tokens // 64)
+    """Vectors of 16 tokens in a tile, 1 to MOST_VECTORS, so that the last tile wastes few."""
+    tiles = -(-tokens // (LANES * MOST_VECTORS))
     return -(-tokens // (LANES * tiles))
 
 
 class Tile(types.Type):  # type: ignore[misc]
-    """Rows and vectors of tokens of a tile, and what it multiplies, bf16 or bytes: a type of no value, so that each
-    is compiled on its own."""
+    """Rows and vectors of tokens of a tile, and what it multiplies, bf16 or bytes, with matrix units or without: a
+    type of no value, so that each is compiled on its own."""
 
-    def __init__(self, vectors: int, of_bytes: bool) -> None:
-        self.vectors, self.rows, self.of_bytes = vectors, TILE // vectors, of_bytes
-        super().__init__(f"Tile({vectors}, {of_bytes})")
+    def __init__(self, vectors: int, of_bytes: bool, in_matrices: bool) -> None:
+        self.vectors, self.of_bytes, self.in_matrices = vectors, of_bytes, in_matrices
+        self.rows = MATRIX_ROWS if in_matrices else TILE // vectors
+        super().__init__(f"Tile({vectors}, {of_bytes}, {in_matrices})")
 
 
 @register_model(Tile)
@@ -49,15 +53,16 @@ class _TileModel(models.OpaqueModel):  # type: ignore[misc]
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def tile_of(typing_context: Any, vectors: Any, of_bytes: Any) -> Any:
+def tile_of(typing_context: Any, vectors: Any, of_bytes: Any, in_matrices: Any) -> Any:
     """The tile of a constant number of vectors."""
-    if not isinstance(vectors, types.Literal) or not isinstance(of_bytes, types.Literal):
+    if not all(isinstance(constant, types.Literal) for constant in (vectors, of_bytes, in_matrices)):
         return None
+    tile = Tile(vectors.literal_value, bool(of_bytes.literal_value), bool(in_matrices.literal_value))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.get_dummy_value()
 
-    return Tile(vectors.literal_value, bool(of_bytes.literal_value))(vectors, of_bytes), generate
+    return tile(vectors, of_bytes, in_matrices), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -68,6 +73,51 @@ def rows_of(typing_context: Any, tile: Any) -> Any:
         return ir.Constant(I64, signature.args[0].rows)
 
     return types.int64(tile), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def vectors_of(typing_context: Any, tile: Any) -> Any:
+    """Vectors of tokens of a tile."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(I64, signature.args[0].vectors)
+
+    return types.int64(tile), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def begin(typing_context: Any, tile: Any) -> Any:
+    """What a thread does before it sums up tiles."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0].in_matrices:
+            begin_tiles(builder)
+        return context.get_dummy_value()
+
+    return types.none(tile), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def end(typing_context: Any, tile: Any) -> Any:
+    """What it does afterwards."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0].in_matrices:
+            end_tiles(builder)
+        return context.get_dummy_value()
+
+    return types.none(tile), generate
+
+
+def _add_in_matrices(builder: Any, tile: Tile, weights: Any, x: Any, words: Any, sums: Any) -> None:
+    """`add_tile` with matrix units; words come by 16."""
+    turns, stride = builder.sdiv(words, ir.Constant(I64, LANES)), ir.Constant(I64, LINE * tile.vectors)
+    for v in range(0, tile.vectors, 2):
+        across = ir.Constant(I64, LINE * v)
+        add_tiles(
+            builder, tile.of_bytes, MATRIX_ROWS // LANES, min(2, tile.vectors - v), weights, ir.Constant(I64, STRIDE),
+            builder.add(x, across), stride, turns, builder.add(sums, across), stride,
+        )  # fmt: skip
 
 
 def _add_products_of_bytes(builder: Any, sums: list[Any], rows: Any, tokens: list[Any]) -> list[Any]:
@@ -88,6 +138,9 @@ def add_tile(typing_context: Any, tile: Any, weights: Any, x: Any, words: Any, s
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile = signature.args[0]
         _, weights, x, words, sums = arguments
+        if tile.in_matrices:
+            _add_in_matrices(builder, *signature.args[:1], *arguments[1:])
+            return context.get_dummy_value()
         kind = IntSums.vector if tile.of_bytes else Sums.vector
         word_kind = ByteLanes.vector if tile.of_bytes else PAIRS_OF_BF16
         add = _add_products_of_bytes if tile.of_bytes else add_products_of_pairs

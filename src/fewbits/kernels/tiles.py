@@ -8,8 +8,6 @@ from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
 
 # Codes that are decoded together.
 VECTOR = 32
-# Above these, matrix units leave the time that decoding a panel takes behind.
-MOST_BESIDE_MATRICES = 32
 
 
 class Tiles:
@@ -29,8 +27,6 @@ class Tiles:
         size = spec.scheme.group_size or spec.in_features
         if size % VECTOR:
             return f"groups of {size}: decodes {VECTOR} codes of a group at once"
-        if "bf16_matrices" in spec.machine.features and spec.tokens > MOST_BESIDE_MATRICES:
-            return f"slower than panels above {MOST_BESIDE_MATRICES} tokens, which oneDNN's matrix units multiply"
         return None
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:

@@ -73,10 +73,10 @@ def _make_ready(decoder: Any, fields: Any, row: Any, first: Any, last: Any, out_
 
 
 @cache
-def token_tiles(decoder: str, vectors: int) -> Any:
+def token_tiles(decoder: str, vectors: int, in_matrices: bool) -> Any:
     """The compiled work for one way that codes are stored (see decoders.Decoder) and one shape of tiles."""
 
     def work(block: Any, start: Any, stop: Any) -> None:
-        multiply_rows(decoder_of(decoder), tile_of(vectors, False), block, start, stop)
+        multiply_rows(decoder_of(decoder), tile_of(vectors, False, in_matrices), block, start, stop)
 
     return compiled_work(work)

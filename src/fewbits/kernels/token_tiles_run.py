@@ -12,9 +12,10 @@ from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decode_vectors import vector_bytes
 from fewbits.kernels.decoders import FP8, INT8
 from fewbits.kernels.lanes import LANES
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Work
-from fewbits.kernels.tile_sums import BLOCK_ROWS, tile_vectors
+from fewbits.kernels.tile_sums import PIECE_ROWS, tile_vectors
 from fewbits.kernels.tokens_run import STORED, fp8_step
 
 # Activations that stay in a cache of the third level beside what else it holds.
@@ -68,8 +69,8 @@ class TokenTiles(CompiledLinear):
         tokens = x.shape[0]
         vectors = tile_vectors(tokens)
         if vectors not in self._works:
-            compiled = tiles.token_tiles(f"{self._kind}:0:f32", vectors)
-            self._works[vectors] = Work(compiled, self._fields, multiple=BLOCK_ROWS)
+            compiled = tiles.token_tiles(f"{self._kind}:0:f32", vectors, HAS_MATRIX_UNITS)
+            self._works[vectors] = Work(compiled, self._fields, multiple=PIECE_ROWS)
         lanes = LANES * vectors
         values, scales, blocks = x, None, []
         if self._rounds_tokens:
