@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch.nn import functional
 
 from fewbits.drawn import LABELS, Drawn, uniforms
 from fewbits.errors import CalibrationError
+from fewbits.matrix_products import linear
 from fewbits.pass_memory import LOGITS
 from fewbits.rounded_head import TRIED, fits, is_close, rounded_product
 from fewbits.skeleton import Skeleton
@@ -35,7 +35,7 @@ class DrawnHead:
     def __init__(self, skeleton: Skeleton, seed: int) -> None:
         self._skeleton, self._seed = skeleton, seed
         self._in_tiles: bool | None = None
-        self._product: Product = functional.linear
+        self._product: Product = linear
         self.loss = 0.0
         self._shares = torch.full((LABELS,), 1.0 / (LABELS - 1))
         self._shares[0] = -1.0
@@ -73,23 +73,23 @@ class DrawnHead:
 
     def _bears_rounding(self, hidden: torch.Tensor, output_type: type) -> bool:
         """Whether labels may be drawn from logits whose factors are rounded, by some of the tokens."""
-        linear = self._skeleton.head_linear
-        if linear is None or not fits(linear.weight):
+        head = self._skeleton.head_linear
+        if head is None or not fits(head.weight):
             return False
         some = hidden[torch.linspace(0, len(hidden) - 1, TRIED).long()]
         exact, rounded = (
             torch.cat([tile for _, tile in self._tiles(some, output_type, product)], -1)
-            for product in (functional.linear, rounded_product)
+            for product in (linear, rounded_product)
         )
         return is_close(exact, rounded)
 
     def _tiles(
-        self, hidden: torch.Tensor, output_type: type, product: Product = functional.linear
+        self, hidden: torch.Tensor, output_type: type, product: Product = linear
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Logits [tokens, up to TILE] with the column that they begin at."""
-        linear = self._skeleton.head_linear
-        assert linear is not None
-        weight, bias = linear.weight, linear.bias
+        head = self._skeleton.head_linear
+        assert head is not None
+        weight, bias = head.weight, head.bias
         for first in range(0, len(weight), TILE):
 
             def part(x: torch.Tensor, rows: slice = slice(first, first + TILE)) -> torch.Tensor:
@@ -99,9 +99,9 @@ class DrawnHead:
 
     def _logits_of(self, hidden: torch.Tensor, labels: torch.Tensor, output_type: type) -> torch.Tensor:
         """Logits of labels [tokens, LABELS]."""
-        linear = self._skeleton.head_linear
-        assert linear is not None
-        weight, bias = linear.weight[labels].float(), 0 if linear.bias is None else linear.bias[labels].float()
+        head = self._skeleton.head_linear
+        assert head is not None
+        weight, bias = head.weight[labels].float(), 0 if head.bias is None else head.bias[labels].float()
 
         def product(x: torch.Tensor) -> torch.Tensor:
             return ((weight @ x[0].float()[..., None])[..., 0] + bias).to(x.dtype)[None]

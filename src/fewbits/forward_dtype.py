@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from fewbits import repeatable  # noqa: F401  (before the first product)
 from fewbits.errors import KernelError
 
 ROWS, WIDTH = 256, 1024

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fewbits import repeatable  # noqa: F401  (before the first product)
+
 PROBE_WIDTH = 384
 # Sums of PROBE_WIDTH fp32 products err by less; a single rounding to bf16 errs by a thousand times more.
 PROBE_ERROR = 2e-6

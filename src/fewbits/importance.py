@@ -118,7 +118,8 @@ class _Run:
         self._skeleton.release_embeddings()
         last = len(self._skeleton.blocks) - 1
         for index in range(last):
-            with self._skeleton.materialized(index):
+            with self._skeleton.materialized(index) as block:
+                watch(block, _multiplied)
                 for micro_batch in self._forward.micro_batches:
                     self._note_entry(inputs, index, micro_batch)
                     self._forward.resume(micro_batch)
@@ -127,7 +128,8 @@ class _Run:
         # What the blocks' micro-batches took turns in makes room for the head.
         return_free_memory()
         self._skeleton.materialize_rest(head=True)
-        with self._skeleton.materialized(last):
+        with self._skeleton.materialized(last) as block:
+            watch(block, _multiplied)
             for micro_batch in self._forward.micro_batches:
                 self._note_entry(inputs, last, micro_batch)
                 # What requires no gradient leaves no graph, so only the tail behind the last block does.
@@ -191,6 +193,7 @@ class _Run:
         start = next(block for block in range(index, -1, -1) if inputs.has(block))
         for block_index in range(start, index):
             with self._skeleton.materialized(block_index) as block:
+                watch(block, _multiplied)
                 for micro_batch in self._forward.micro_batches:
                     hidden = inputs.look(block_index, micro_batch.index).to(self._skeleton.device)
                     arguments = self._arguments[block_index, micro_batch.index]
@@ -214,6 +217,11 @@ class _Run:
             )
 
 
+def _multiplied(slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
+    """A product just made, in the way that gives the same bits on any number of threads."""
+    return product()
+
+
 class _Gradients:
     """What is kept of the gradients at the outputs of one block's linears.
 
@@ -225,12 +233,19 @@ class _Gradients:
     ) -> None:
         self._parts, self._weights, self._coupled = parts, weights, coupled
         self.output_grams: dict[str, OutputGram] = {}
+        self._turned: dict[Slot, torch.Tensor] = {}
+
+    def _turned_of(self, slot: Slot, rows: torch.Tensor) -> torch.Tensor:
+        """A weight [out, in] as [in, out], turned once for all micro-batches."""
+        if slot not in self._turned:
+            self._turned[slot] = rows.T.contiguous()
+        return self._turned[slot]
 
     def recorder(self, micro_batch: MicroBatch) -> Callable[[Slot, torch.Tensor, Product], torch.Tensor]:
         """A watcher that adds what comes back to each linear's output."""
 
         def recorded(slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
-            output = product()
+            output = product(lambda: self._turned_of(slot, product.rows))
             wanted = self._parts.get(slot.parameter, [])
             rows = output.numel() // output.shape[-1]
             if wanted and slot.expert is None and output.requires_grad and rows == micro_batch.ids.numel():

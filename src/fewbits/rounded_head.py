@@ -10,7 +10,6 @@ import torch
 
 from fewbits.kernels.int8_run import ByteTiles
 from fewbits.kernels.lanes import HAS_VNNI
-from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.spec import LinearWeight
 from fewbits.kernels.tokens_run import int8_tokens
 from fewbits.methods import Int8Symmetric
@@ -25,7 +24,7 @@ _SCHEME = Int8Symmetric().scheme
 def fits(weight: torch.Tensor) -> bool:
     """Whether this processor multiplies a head's rows as bytes sooner than in bf16."""
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % 4 == 0
-    return is_plain and HAS_VNNI and not HAS_MATRIX_UNITS
+    return is_plain and HAS_VNNI
 
 
 def rounded_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -13,19 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbits.matrix_products import fits, linear
+
 # How a product is told: (slot, input, the product itself) → its result.
 Watcher = Callable[["Slot", torch.Tensor, "Product"], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A product that is still to be made. bias: what is added to it; None for nothing."""
+    """A product that is still to be made.
+
+    compute: what the model called. inputs: [..., in]. rows: the weight as [out, in]. bias: what is added to the
+    product; None for nothing. is_plain: whether that is all, without factors.
+    """
 
     compute: Callable[[], torch.Tensor]
+    inputs: torch.Tensor
+    rows: torch.Tensor
     bias: torch.Tensor | None
+    is_plain: bool
 
-    def __call__(self) -> torch.Tensor:
-        """Its result."""
+    def __call__(self, turned: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        """Its result. turned: as `linear` takes it."""
+        fits_bias = self.bias is None or self.bias.shape == self.rows.shape[:1]
+        if self.is_plain and fits_bias and fits(self.inputs, self.rows):
+            return linear(self.inputs, self.rows, self.bias, turned)
         return self.compute()
 
 
@@ -66,7 +78,10 @@ class WatchedWeight(torch.Tensor):
         if product is not None:
             inputs, weight, transposed, bias = product
             slot = Slot(weight.slot.parameter, weight.slot.expert, transposed)
-            return weight.watcher(slot, inputs, Product(lambda: func(*plain_args, **plain_kwargs), bias))
+            rows = weight.plain.T if transposed else weight.plain
+            is_plain = not kwargs.keys() & {"alpha", "beta", "out"}
+            made = Product(lambda: func(*plain_args, **plain_kwargs), inputs, rows, bias, is_plain)
+            return weight.watcher(slot, inputs, made)
         result = func(*plain_args, **plain_kwargs)
         if func is torch.Tensor.__getitem__ and isinstance(args[0], WatchedWeight) and args[0].plain.dim() == 3:
             expert = _index(args[1])

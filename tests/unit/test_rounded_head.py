@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fewbits.drawn_head import DrawnHead
 from fewbits.kernels.activations import round_tokens
+from fewbits.matrix_products import linear
 from fewbits.rounded_head import MOST_KL, fits, is_close, rounded_product
 from fewbits.skeleton import Skeleton
 from test_calibrated_pass import skeleton_of
@@ -57,7 +57,7 @@ def test_a_head_is_rounded_where_predictions_bear_it(skeleton: Skeleton) -> None
     skeleton.head_linear.weight.data *= 20
     head = DrawnHead(skeleton, 3)
     head.gradient(hidden, 0, BaseModelOutputWithPast)
-    assert head._in_tiles and head._product is functional.linear
+    assert head._in_tiles and head._product is linear
 
 
 @pytest.mark.skipif(not HAS_BYTES, reason="needs products of bytes (AVX-512 VNNI)")

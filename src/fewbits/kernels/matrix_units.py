@@ -57,9 +57,9 @@ def _move(builder: Any, name: str, tile: int, address: Any, stride: Any) -> None
 
 def add_tiles(
     builder: Any, of_bytes: bool, height: int, width: int, rows: Any, row_stride: Any, tokens: Any, token_stride: Any,
-    turns: Any, sums: Any, sum_stride: Any,
+    turns: Any, sums: Any, sum_stride: Any, begun: Any,
 ) -> None:  # fmt: skip
-    """Sums += `height` by `width` tiles, at most 2 by 2, over 16 words a turn."""
+    """Sums += `height` by `width` tiles, at most 2 by 2, over 16 words a turn, or begin with nothing if not `begun`."""
     product = "llvm.x86.tdpbsud" if of_bytes else "llvm.x86.tdpbf16ps"
     places = [(r, t) for r in range(height) for t in range(width)]
     first_row, first_token = len(places), len(places) + height
@@ -83,6 +83,11 @@ def add_tiles(
             call(builder, product, _VOID, operands)
         return []
 
-    each_sum("llvm.x86.tileloadd64")
+    with builder.if_else(begun) as (then, otherwise):
+        with then:
+            each_sum("llvm.x86.tileloadd64")
+        with otherwise:
+            for number in range(len(places)):
+                call(builder, "llvm.x86.tilezero", _VOID, [ir.Constant(I8, number)])
     repeat(builder, turns, [], body)
     each_sum("llvm.x86.tilestored64")

@@ -11,13 +11,14 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.lanes import F32, I16, I64, LANES, IntSums, Sums, load, splat, spread
+from fewbits.kernels.lanes import F32, HAS_BF16, I16, I64, LANES, IntSums, Sums, indices, load, rounded, splat, spread
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32, copy_bytes
 from fewbits.kernels.turned import turned
 
 # Bytes that 16 rows and tokens of outputs take.
 ROOM = 4 * LANES * LANES
 HALF_LANES = ir.VectorType(I16, LANES)
+_INTERLEAVED = indices(place for lane in range(LANES) for place in (lane, lane + LANES))
 
 
 def _as_bf16(builder: Any, values: Any) -> Any:
@@ -42,6 +43,18 @@ def _as_float(builder: Any, values: Any) -> Any:
 _ROUNDED = {BFLOAT16: _as_bf16, FLOAT16: _as_half, FLOAT32: _as_float}
 
 
+def _turned_as_pairs(builder: Any, rows: list[Any]) -> list[Any]:
+    """The columns of 16 rows as bf16: two rows are rounded at once, and turned as words of both."""
+    pairs = []
+    for r in range(0, LANES, 2):
+        both = rounded(builder, rows[r : r + 2])
+        pairs.append(builder.bitcast(builder.shuffle_vector(both, both, _INTERLEAVED), IntSums.vector))
+    # Column t and t + 8 of pairs lie behind each other.
+    columns = turned(builder, pairs)
+    halves = [indices(range(at, at + LANES // 2)) for at in (0, LANES // 2)]
+    return [builder.shuffle_vector(column, column, half) for half in halves for column in columns]
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _finish(
     typing_context: Any, tile: Any, kind: Any, sums: Any, stride: Any, scales: Any, biases: Any, token_scales: Any,
@@ -55,7 +68,7 @@ def _finish(
         of_bytes, kind = signature.args[0].of_bytes, signature.args[1].literal_value
         sums, stride, scales, biases, token_scales, out, out_stride = arguments[2:]
         of_tokens = load(builder, token_scales, Sums.vector)
-        rows = []
+        rows: list[Any] = []
         for r in range(LANES):
             number = ir.Constant(I64, 4 * r)
             at = builder.add(sums, builder.mul(stride, ir.Constant(I64, r)))
@@ -65,8 +78,12 @@ def _finish(
             of_row = spread(builder, load(builder, builder.add(scales, number), F32))
             bias = spread(builder, load(builder, builder.add(biases, number), F32))
             scaled = builder.fmul(builder.fmul(values, of_tokens), of_row)
-            rows.append(_ROUNDED[kind](builder, builder.fadd(scaled, bias)))
-        for t, outputs in enumerate(turned(builder, rows)):
+            rows.append(builder.fadd(scaled, bias))
+        if kind == BFLOAT16 and HAS_BF16:
+            columns = _turned_as_pairs(builder, rows)
+        else:
+            columns = turned(builder, [_ROUNDED[kind](builder, row) for row in rows])
+        for t, outputs in enumerate(columns):
             at = builder.add(out, builder.mul(out_stride, ir.Constant(I64, t)))
             builder.store(outputs, builder.inttoptr(at, outputs.type.as_pointer()), align=1)
         return context.get_dummy_value()

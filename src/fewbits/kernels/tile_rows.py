@@ -24,7 +24,9 @@ from fewbits.kernels.tile_sums import (
     WORD_BYTES,
     add_tile,
     begin,
+    begins_with_sums,
     end,
+    fill_vector,
     rows_of,
     vectors_of,
 )
@@ -47,24 +49,27 @@ def make_ready(decoder: Any, fields: Any, row: Any, first: Any, last: Any, out_a
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _begin(
-    fields: Any, top: Any, count: Any, tiles: Any, lanes: Any, sums_at: Any, scales_at: Any, biases_at: Any
-) -> None:
-    """Scales and biases of a block's rows as fp32, and what its sums begin with."""
+def _begin(fields: Any, top: Any, count: Any, scales_at: Any, biases_at: Any) -> None:
+    """Scales and biases of a block's rows as fp32."""
     scales = carray(pointer_to(scales_at), (BLOCK_ROWS,), np.float32)
     biases = carray(pointer_to(biases_at), (BLOCK_ROWS,), np.float32)
-    sums = carray(pointer_to(sums_at), (tiles, BLOCK_ROWS, lanes), np.int32)
     for r in range(count):
         if fields[SCALES_AT] != 0:
             scales[r] = number_at(fields[SCALES_AT], top + r, fields[SCALE_KIND])
         if fields[BIAS_AT] != 0:
             biases[r] = number_at(fields[BIAS_AT], top + r, FLOAT32)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _begin_sums(fields: Any, top: Any, count: Any, tiles: Any, lanes: Any, sums_at: Any) -> None:
+    """What the sums of a block's rows begin with."""
+    for r in range(count):
         begin = np.int32(0)
         if fields[SUMS_BEGIN_AT] != 0:
             begin = carray(pointer_to(fields[SUMS_BEGIN_AT] + 4 * (top + r)), (1,), np.int32)[0]
         for t in range(tiles):
-            for lane in range(lanes):
-                sums[t, r, lane] = begin
+            for lane in range(0, lanes, LANES):
+                fill_vector(sums_at + 4 * (lanes * (t * BLOCK_ROWS + r) + lane), begin)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -92,24 +97,29 @@ def _blocks(decoder: Any, tile: Any, fields: Any, start: Any, stop: Any, memory:
     rows = ((stop - start + rows - 1) // rows + height - 1) // height * height
     for top in range(start, stop, rows):
         count = min(rows, stop - top)
-        _begin(fields, top, count, tiles, lanes, sums, scales, biases)
+        _begin(fields, top, count, scales, biases)
+        begins = begins_with_sums(tile, fields[SUMS_BEGIN_AT])
+        if begins:
+            _begin_sums(fields, top, count, tiles, lanes, sums)
         for first in range(0, words, width):
             last = min(first + width, words)
             for r in range(count):
                 make_ready(decoder, fields, top + r, first, last, ready + r * STRIDE)
             for t in range(tiles):
                 x = fields[X_AT] + VECTOR_BYTES * vectors * (t * words + first)
+                of_tile = sums + 4 * lanes * t * BLOCK_ROWS
                 for r in range(0, count, height):
-                    place = sums + 4 * lanes * (t * BLOCK_ROWS + r)
-                    add_tile(tile, ready + r * STRIDE, x, last - first, place)
-        for t in range(tiles):
-            first_token = t * lanes
-            token_scales = fields[X_SCALES_AT] + 4 * first_token if fields[X_SCALES_AT] != 0 else ones
-            write_tile(
-                tile, fields[OUT_KIND], sums + 4 * lanes * t * BLOCK_ROWS, lanes, scales, biases, token_scales, count,
-                min(lanes, fields[TOKENS] - first_token),
-                fields[OUT_AT] + first_token * out_stride + narrow * top, out_stride, room,
-            )  # fmt: skip
+                    place = of_tile + 4 * lanes * r
+                    add_tile(tile, ready + r * STRIDE, x, last - first, place, begins or first != 0)
+                if last < words:
+                    continue
+                first_token = t * lanes
+                token_scales = fields[X_SCALES_AT] + 4 * first_token if fields[X_SCALES_AT] != 0 else ones
+                write_tile(
+                    tile, fields[OUT_KIND], of_tile, lanes, scales, biases, token_scales, count,
+                    min(lanes, fields[TOKENS] - first_token),
+                    fields[OUT_AT] + first_token * out_stride + narrow * top, out_stride, room,
+                )  # fmt: skip
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -109,14 +109,38 @@ def end(typing_context: Any, tile: Any) -> Any:
     return types.none(tile), generate
 
 
-def _add_in_matrices(builder: Any, tile: Tile, weights: Any, x: Any, words: Any, sums: Any) -> None:
+@intrinsic  # type: ignore[untyped-decorator]
+def begins_with_sums(typing_context: Any, tile: Any, sums: Any) -> Any:
+    """Whether sums in memory are what a tile's first words are added to: matrix units can begin with nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0].in_matrices:
+            return builder.icmp_signed("!=", arguments[1], ir.Constant(I64, 0))
+        return ir.Constant(ir.IntType(1), 1)
+
+    return types.boolean(tile, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fill_vector(typing_context: Any, address: Any, word: Any) -> Any:
+    """A word to all lanes of a vector at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, word = arguments
+        builder.store(spread(builder, word), builder.inttoptr(address, IntSums.vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int32), generate
+
+
+def _add_in_matrices(builder: Any, tile: Tile, weights: Any, x: Any, words: Any, sums: Any, begun: Any) -> None:
     """`add_tile` with matrix units; words come by 16."""
     turns, stride = builder.sdiv(words, ir.Constant(I64, LANES)), ir.Constant(I64, LINE * tile.vectors)
     for v in range(0, tile.vectors, 2):
         across = ir.Constant(I64, LINE * v)
         add_tiles(
             builder, tile.of_bytes, MATRIX_ROWS // LANES, min(2, tile.vectors - v), weights, ir.Constant(I64, STRIDE),
-            builder.add(x, across), stride, turns, builder.add(sums, across), stride,
+            builder.add(x, across), stride, turns, builder.add(sums, across), stride, begun,
         )  # fmt: skip
 
 
@@ -132,12 +156,15 @@ def _add_products_of_bytes(builder: Any, sums: list[Any], rows: Any, tokens: lis
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_tile(typing_context: Any, tile: Any, weights: Any, x: Any, words: Any, sums: Any) -> Any:
-    """Sums at an address, [rows, tokens of the tile], += rows at an address · words of activations of these tokens."""
+def add_tile(typing_context: Any, tile: Any, weights: Any, x: Any, words: Any, sums: Any, begun: Any) -> Any:
+    """Sums at an address, [rows, tokens of the tile], += rows at an address · words of activations of these tokens.
+
+    begun: whether there are sums already; without matrix units, there have to be.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile = signature.args[0]
-        _, weights, x, words, sums = arguments
+        _, weights, x, words, sums, _ = arguments
         if tile.in_matrices:
             _add_in_matrices(builder, *signature.args[:1], *arguments[1:])
             return context.get_dummy_value()
@@ -162,4 +189,4 @@ def add_tile(typing_context: Any, tile: Any, weights: Any, x: Any, words: Any, s
             builder.store(total, builder.inttoptr(place, kind.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.none(tile, types.int64, types.int64, types.int64, types.int64), generate
+    return types.none(tile, types.int64, types.int64, types.int64, types.int64, types.boolean), generate

@@ -12,12 +12,17 @@ from fewbits.kernels.lanes import I64, LANES, IntSums, indices, load
 
 
 def turned(builder: Any, rows: list[Any]) -> list[Any]:
-    """The columns of 16 rows: numbers 8, 4, 2 and 1 off the diagonal change places, block by block."""
+    """The columns of 16 rows: numbers 8, 4, 2 and 1 off the diagonal change places, block by block.
+
+    Of 8 rows, the columns of either half: column 8 + k behind column k.
+    """
     rows = list(rows)
     for distance in (8, 4, 2, 1):
+        if distance >= len(rows):
+            continue
         back = indices(LANES + place - distance if place & distance else place for place in range(LANES))
         forth = indices(LANES + place if place & distance else place + distance for place in range(LANES))
-        for row in range(LANES):
+        for row in range(len(rows)):
             if not row & distance:
                 pair = rows[row], rows[row + distance]
                 rows[row] = builder.shuffle_vector(*pair, back)

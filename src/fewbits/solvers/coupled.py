@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fewbits.fp32_products import fast_fp32
+from fewbits.repeatable import one_thread
 from fewbits.solvers.factorization import inverse_factor
 from fewbits.solvers.solution import Grid
 
@@ -44,8 +45,9 @@ class _Coupled:
         end = begin + len(missed)
         if self._U is None or end == len(self.places):
             return
-        with fast_fp32():
+        with one_thread():
             shares = torch.linalg.solve_triangular(self._U[begin:end, begin:end], self._U[begin:end, end:], upper=True)
+        with fast_fp32():
             self._targets[end:].addmm_(shares.T, missed, alpha=-1)
 
 

@@ -15,6 +15,7 @@ import torch
 from fewbits.drift import Drift
 from fewbits.fp32_products import fast_fp32
 from fewbits.kernels.lanes import HAS_BF16
+from fewbits.matrix_products import linear, product
 from fewbits.solvers.factorization import inverse_factor
 
 # Of the way to where the outputs would be the original's.
@@ -37,7 +38,7 @@ def drifted_targets(
     with fast_fp32():
         matrix = drift.matrix.to(dtype)
         for rows in parts:
-            steps[rows] = matrix[rows] if drift.of_outputs else W[rows].to(dtype) @ matrix
+            steps[rows] = matrix[rows] if drift.of_outputs else product(W[rows].to(dtype), matrix)
         del matrix
         if drift.of_outputs and not keep:
             drift.matrix.untyped_storage().resize_(0)
@@ -46,6 +47,6 @@ def drifted_targets(
             return W
         U = factor.U.to(dtype)
         for rows in parts:
-            step = ((steps[rows].to(dtype) @ U.T) @ U).float()
+            step = product(linear(steps[rows].to(dtype), U), U).float()
             steps[rows] = step.mul_(SHARE).add_(W[rows])
     return steps

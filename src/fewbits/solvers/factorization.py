@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbits.kernels.triangles import inverse_factor_of
+from fewbits.repeatable import one_thread
 
 DAMPING = 0.01
 # Each step damps ten times more than the one before.
@@ -42,12 +43,15 @@ def inverse_factor(H: torch.Tensor, damping: float = DAMPING, memory: torch.Tens
         U = _inverse_upper(H, added, memory)
         if U is not None:
             return Factor(U, added, None if step == 0 else f"damping {damping * 10**step:g} of the mean diagonal")
-    added = damping * mean
-    double = H.double()
-    U = _inverse_upper_fp64(double, added)
+    with one_thread():
+        return _factor_fp64(H.double(), damping * mean)
+
+
+def _factor_fp64(H: torch.Tensor, added: float) -> Factor | None:
+    U = _inverse_upper_fp64(H, added)
     if U is not None:
         return Factor(U, added, "factored in fp64")
-    values, vectors = torch.linalg.eigh(double)
+    values, vectors = torch.linalg.eigh(H)
     floored = (vectors * values.clamp_min(added)) @ vectors.T
     U = _inverse_upper_fp64((floored + floored.T) / 2, 0.0)
     return None if U is None else Factor(U, added, "eigenvalues floored")
