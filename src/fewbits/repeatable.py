@@ -6,13 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import llvmlite.binding as llvm
 import torch
-
-from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 
 # Where matrix units round fp32 products to bf16, MKL makes them, and splits sums among its threads unless it is told
 # not to before its first product. Whoever wants another mode sets the variable before.
-if HAS_MATRIX_UNITS:
+if llvm.get_host_cpu_features().get("amx-bf16"):
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
