@@ -18,9 +18,10 @@ from fewbits.drift import Drift
 from fewbits.fp32_products import fast_fp32
 from fewbits.kernels.gram_tiles import TILE, GramTiles, fits
 
-# Bytes of rows brought to fp32 at a time, so that they stay in the last-level cache, and the fewest rows at a time.
+# Bytes of rows brought to fp32 at a time, so that they stay in the last-level cache, and the fewest and the most rows:
+# sums over 800 and more MKL divides among its threads, over 512 it did not with 2 to 32 of them.
 PART_BYTES = 12 << 20
-FEWEST_ROWS = 256
+FEWEST_ROWS, MOST_ROWS = 256, 512
 # Rows of H computed at a time: more of them compute more that symmetry gives for free, fewer run below full speed.
 # At widths 576, 1536 and 4096 (Zen 4, two threads) these were within a tenth of the fastest.
 NARROW_PANEL, PANEL = 128, 256
@@ -68,7 +69,7 @@ class StatisticsAccumulator:
         self._weight = 0.0
         self._squared_weight = 0.0
         self._panel = NARROW_PANEL if width <= NARROW else PANEL
-        self._rows = max(FEWEST_ROWS, PART_BYTES // (4 * width))
+        self._rows = min(max(FEWEST_ROWS, PART_BYTES // (4 * width)), MOST_ROWS)
         # Kept from call to call: fresh memory of this size costs more than what is done with it.
         self._part = torch.empty(0, width, device=device)
         self._scratch = torch.empty(0, width, device=device)
