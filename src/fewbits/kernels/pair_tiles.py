@@ -6,22 +6,18 @@ don't. They take as long on wide layers, and up to 1.6 times as long on narrow o
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
-from fewbits.kernels import byte_tiles  # noqa: F401  (rows are copied as words, whatever is in them)
 from fewbits.kernels import tile_rows as rows
 from fewbits.kernels import token_words as words
+from fewbits.kernels.byte_tiles import word_tiles
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.memory import BFLOAT16
 from fewbits.kernels.spec import Steps
-from fewbits.kernels.team import Work, compiled_work
-from fewbits.kernels.tile_rows import multiply_rows
-from fewbits.kernels.tile_sums import PIECE_ROWS, tile_of, tile_vectors
+from fewbits.kernels.team import Work
+from fewbits.kernels.tile_sums import PIECE_ROWS, tile_vectors
 from fewbits.kernels.token_tiles_run import tiles_at_once
 
 # Inputs that matrix units take at once.
@@ -32,16 +28,6 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether this processor has matrix units, and these are x [..., in] and weight [out, in] for them."""
     is_bf16 = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == weight.device.type == "cpu"
     return HAS_MATRIX_UNITS and is_bf16 and weight.dim() == 2 and weight.shape[1] % INPUTS == 0
-
-
-@cache
-def _pair_tiles(vectors: int) -> Any:
-    """The compiled work for one shape of tiles."""
-
-    def work(block: Any, start: Any, stop: Any) -> None:
-        multiply_rows(None, tile_of(vectors, False, True), block, start, stop)
-
-    return compiled_work(work)
 
 
 class PairTiles(CompiledLinear):
@@ -65,7 +51,7 @@ class PairTiles(CompiledLinear):
         """Arrange the activations, multiply."""
         tokens = x.shape[0]
         vectors = tile_vectors(tokens)
-        work, lanes = Work(_pair_tiles(vectors), self._fields, multiple=PIECE_ROWS), LANES * vectors
+        work, lanes = Work(word_tiles(vectors, False, True), self._fields, multiple=PIECE_ROWS), LANES * vectors
         arranged = torch.empty((-(-tokens // lanes), self._in, lanes), dtype=torch.bfloat16)
         blocks = [self._arrange.step(words.runs_of(tokens, lanes, self._in // 2), {
             words.X_AT: x.data_ptr(), words.TOKENS: tokens, words.LANES_OF_TILE: lanes,

@@ -8,6 +8,7 @@ tokens, hide the instruction's latency.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -65,48 +66,37 @@ def tile_of(typing_context: Any, vectors: Any, of_bytes: Any, in_matrices: Any) 
     return tile(vectors, of_bytes, in_matrices), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def rows_of(typing_context: Any, tile: Any) -> Any:
-    """Rows of a tile."""
+def _number_of(field: str) -> Any:
+    """A compiled function of a tile: one of its numbers, as a constant."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.Constant(I64, signature.args[0].rows)
+    @intrinsic  # type: ignore[untyped-decorator]
+    def number(typing_context: Any, tile: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return ir.Constant(I64, getattr(signature.args[0], field))
 
-    return types.int64(tile), generate
+        return types.int64(tile), generate
 
-
-@intrinsic  # type: ignore[untyped-decorator]
-def vectors_of(typing_context: Any, tile: Any) -> Any:
-    """Vectors of tokens of a tile."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.Constant(I64, signature.args[0].vectors)
-
-    return types.int64(tile), generate
+    return number
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def begin(typing_context: Any, tile: Any) -> Any:
-    """What a thread does before it sums up tiles."""
+def _where_in_matrices(emit: Callable[[Any], None]) -> Any:
+    """A compiled function of a tile that does something if matrix units sum it up."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if signature.args[0].in_matrices:
-            begin_tiles(builder)
-        return context.get_dummy_value()
+    @intrinsic  # type: ignore[untyped-decorator]
+    def done(typing_context: Any, tile: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            if signature.args[0].in_matrices:
+                emit(builder)
+            return context.get_dummy_value()
 
-    return types.none(tile), generate
+        return types.none(tile), generate
+
+    return done
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def end(typing_context: Any, tile: Any) -> Any:
-    """What it does afterwards."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if signature.args[0].in_matrices:
-            end_tiles(builder)
-        return context.get_dummy_value()
-
-    return types.none(tile), generate
+# Rows of a tile, and vectors of tokens; what a thread does before it sums up tiles, and afterwards.
+rows_of, vectors_of = _number_of("rows"), _number_of("vectors")
+begin, end = _where_in_matrices(begin_tiles), _where_in_matrices(end_tiles)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
