@@ -87,3 +87,20 @@ def test_a_statistic_that_cannot_be_factored_leaves_the_weights_as_the_target() 
 )
 def test_long_texts_are_followed_as_far_as_drift_needs(tokens: int, widest: int, stride: int) -> None:
     assert stride_of(tokens, widest) == stride
+
+
+def test_a_doctored_statistic_may_be_written_over_too() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(300, 64, generator=generator)
+    # An eigenvalue that the usual damping does not lift above zero.
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    values[0] = -0.05 * values.mean()
+    H = (vectors * values) @ vectors.T
+    H, D = (H + H.T) / 2, 0.1 * torch.randn(64, 64, generator=generator)
+    W, scheme = torch.randn(40, 64, generator=generator), Scheme("int", 4, False, 16)
+    kept = solve(W, scheme, torch.bfloat16, H, drift=Drift(D))
+    spent = solve(W, scheme, torch.bfloat16, H.clone(), drift=Drift(D.clone()), keep_gram=False)
+    assert kept.notes and kept.notes == spent.notes
+    assert torch.equal(kept.codes, spent.codes)
+    assert kept.output_error is not None and spent.output_error is not None
+    assert torch.equal(kept.output_error, spent.output_error)

@@ -13,7 +13,7 @@ import torch
 
 from fewbits.fp32_products import _onednn_is_exact, fast_fp32
 from fewbits.solvers import factorization
-from fewbits.solvers.factorization import inverse_factor
+from fewbits.solvers.factorization import factor_of, inverse_factor
 
 
 def gram(width: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -24,17 +24,18 @@ def gram(width: int, tokens: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("width", [1, 2, 31, 256, 257, 700])
 def test_the_factor_is_upper_triangular_and_squares_to_the_inverse(width: int) -> None:
     H = gram(width, 3 * width + 1)
-    factor = inverse_factor(H)
-    assert factor is not None and factor.trouble is None
+    factor, inverse = factor_of(H), inverse_factor(H)
+    assert factor is not None and factor.trouble is None and inverse is not None
     assert factor.damping == pytest.approx(0.01 * H.diagonal().mean().item())
-    U = factor.U.double().numpy()
-    assert np.array_equal(U, np.triu(U))
     damped = H.double().numpy() + factor.damping * np.eye(width)
+    U, L = inverse.double().numpy(), factor.L.double().numpy()
+    assert np.array_equal(U, np.triu(U)) and np.array_equal(L, np.tril(L))
     assert np.abs(U.T @ U @ damped - np.eye(width)).max() < 1e-3
+    assert np.abs(L @ L.T - damped[::-1, ::-1]).max() < 1e-5 * np.abs(damped).max()
 
 
 def test_a_singular_statistic_takes_the_usual_damping() -> None:
-    factor = inverse_factor(gram(64, 3))
+    factor = factor_of(gram(64, 3))
     assert factor is not None and factor.trouble is None
 
 
@@ -44,7 +45,7 @@ def test_each_failure_damps_ten_times_more() -> None:
     values, vectors = torch.linalg.eigh(H)
     values[0] = -0.05 * H.diagonal().mean()
     indefinite = (vectors * values) @ vectors.T
-    factor = inverse_factor((indefinite + indefinite.T) / 2)
+    factor = factor_of((indefinite + indefinite.T) / 2)
     assert factor is not None and factor.trouble == "damping 0.1 of the mean diagonal"
 
 
@@ -55,13 +56,13 @@ def test_the_last_rung_floors_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> No
     H = (vectors * values) @ vectors.T
     H = (H + H.T) / 2
     assert H.diagonal().mean() > 0
-    factor = inverse_factor(H)
+    factor, inverse = factor_of(H), inverse_factor(H)
     assert factor is not None and factor.trouble == "eigenvalues floored"
-    assert bool(torch.isfinite(factor.U).all())
+    assert bool(torch.isfinite(factor.L).all()) and inverse is not None and bool(torch.isfinite(inverse).all())
 
 
 def test_nothing_but_zeros_has_no_factor() -> None:
-    assert inverse_factor(torch.zeros(8, 8)) is None
+    assert factor_of(torch.zeros(8, 8)) is None and inverse_factor(torch.zeros(8, 8)) is None
     assert inverse_factor(torch.full((8, 8), torch.nan)) is None
 
 
@@ -98,7 +99,7 @@ def test_the_factor_is_the_same_whatever_the_number_of_threads(width: int) -> No
         torch.set_num_threads(threads)
         factor = inverse_factor(H)
         assert factor is not None
-        factors.append(factor.U)
+        factors.append(factor)
     torch.set_num_threads(before)
     assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
     identity = (
@@ -113,9 +114,9 @@ from fewbits.solvers.factorization import inverse_factor
 
 for width in (33, 34, 35, 36, 64):
     x = torch.randn(3 * width, width, generator=torch.Generator().manual_seed(0))
-    factor = inverse_factor(x.T @ x)
-    damped = (x.T @ x).double().numpy() + factor.damping * np.eye(width)
-    U = factor.U.double().numpy()
+    H = x.T @ x
+    damped = H.double().numpy() + 0.01 * H.diagonal().mean().item() * np.eye(width)
+    U = inverse_factor(H).double().numpy()
     print(np.abs(U.T @ U @ damped - np.eye(width)).max())
 """
 

@@ -184,7 +184,7 @@ def test_a_gram_that_may_be_written_over_gives_the_same_solution(tokens: int) ->
 def test_blocks_of_columns_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H, scheme = weight(), gram(), Scheme("int", 4, True, 0)
     whole = solve(W, scheme, torch.float32, H, plainest())
-    monkeypatch.setattr("fewbits.solvers.sweep.BLOCK", 8)
+    monkeypatch.setattr("fewbits.kernels.feedback.BLOCK", 32)
     blocked = solve(W, scheme, torch.float32, H, plainest())
     assert (whole.codes == blocked.codes).float().mean() > 0.99
 

@@ -1,8 +1,10 @@
 """Compiled sweep of GPTQ: round a column, push its error into the later ones, group by group over all columns.
 
 A group is swept once for each candidate grid, and each row keeps the one that ends with the least loss. 32 rows at a
-time lie side by side, all of their columns in the cache, so that every step is the same for 32 rows. Rows are
-independent: the result does not depend on how they are split.
+time lie side by side, all of their columns in the cache, so that every step is the same for 32 rows. Within a block
+errors are pushed in fp32 as soon as they are known; a block begins with what all earlier ones push into it, by
+numbers of bf16 where the processor multiplies those (kernels.feedback), which moves a weight by some hundredths of a
+step. Rows are independent: the result does not depend on how they are split.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import numpy as np
 import torch
 from numba import njit
 
-from fewbits.kernels.compiling import ROUNDING
+from fewbits.kernels.compiling import ROUNDING, Array
+from fewbits.kernels.far_products import KEPT, add_far, begin, end, keep_columns
+from fewbits.kernels.feedback import PANEL, Feedback, lay_columns, over_runs
 from fewbits.kernels.lane_columns import GRID_ROWS, HIGH, INVERSE, LOSS, LOW, SCALE, sweep_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
 from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
-from fewbits.kernels.threads import over_rows
 from fewbits.schemes import Scheme
 from fewbits.search import Search
 
@@ -124,78 +127,109 @@ def _find_grid(
         lanes[HIGH, lane] = top_code - lanes[BEST_ZERO, lane]
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _take_grid(lanes: Any, top_code: Any, scales: Any, zeros: Any) -> None:
+    """The grids of a group that are given, those of up to ROWS rows."""
+    for lane in range(len(scales)):
+        lanes[SCALE, lane] = scales[lane]
+        lanes[LOW, lane] = -np.float32(zeros[lane])
+        lanes[HIGH, lane] = top_code + lanes[LOW, lane]
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _missed(columns: Any, chosen: Any, lanes: Any) -> None:
+    """Take off columns [n, ROWS] what their codes stand for."""
+    for j in range(len(columns)):
+        for lane in range(ROWS):
+            columns[j, lane] -= (chosen[j, lane] + lanes[LOW, lane]) * lanes[SCALE, lane]
+
+
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _sweep(
-    W: Any, order: Any, factor: Any, group: Any, step: Any, factors: Any, symmetric: Any, top_code: Any, dropped: Any,
-    smallest: Any, most: Any, scales: Any, zeros: Any, codes: Any, losses: Any, begin: Any, end: Any,
+    W: Any, order: Any, far: Any, inverse: Any, group: Any, step: Any, factors: Any, symmetric: Any, top_code: Any,
+    dropped: Any, smallest: Any, most: Any, scales: Any, zeros: Any, codes: Any, losses: Any, missed: Any,
+    begin_run: Any, end_run: Any,
 ) -> None:  # fmt: skip
-    """Sweep runs of ROWS rows, those numbered begin to end."""
+    """Sweep runs of ROWS rows, those numbered begin_run to end_run."""
     rows, width = W.shape
-    for run in range(begin, end):
-        first = run * ROWS
-        count = min(ROWS, rows - first)
-        panel = np.zeros((width, ROWS), np.float32)
-        for lane in range(count):
-            for k in range(width):
-                panel[k, lane] = W[first + lane, order[k]]
-        local, errors = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
-        chosen = np.empty((step, ROWS), np.float32)
-        lanes = np.ones((LANE_ROWS, ROWS), np.float32)
-        for start in range(0, width, step):
-            stop = min(start + step, width)
-            number = order[start] // group
-            columns = panel[start:stop]
-            if len(factors) > 0:
-                _find_grid(
-                    columns, local[: stop - start], factor, start, factors, symmetric, top_code, dropped, smallest,
-                    most, lanes, chosen, errors,
-                )  # fmt: skip
-                for lane in range(count):
-                    scales[first + lane, number] = lanes[SCALE, lane]
-                    zeros[first + lane, number] = np.uint8(np.int32(-lanes[LOW, lane]))
-            else:
-                for lane in range(count):
-                    lanes[SCALE, lane] = scales[first + lane, number]
-                    lanes[LOW, lane] = -np.float32(zeros[first + lane, number])
-                    lanes[HIGH, lane] = top_code + lanes[LOW, lane]
-            _sweep_group(columns, factor, start, lanes, chosen, errors)
-            rest = panel.ctypes.data + stop * COLUMN_BYTES
-            _push(factor, stop, width, start, stop - start, errors.ctypes.data, rest)
-            for lane in range(count):
-                losses[first + lane] += np.float64(lanes[LOSS, lane])
-                for j in range(stop - start):
-                    codes[first + lane, order[start + j]] = np.uint8(np.int32(chosen[j, lane]))
+    stride, block = np.int64(far.strides[0]), inverse.shape[1]
+    together = min(max(1, PANEL // (ROWS * width)), end_run - begin_run)
+    panels, kept = np.empty((together, width, ROWS), np.float32), np.empty((together, far.shape[1], ROWS), KEPT)
+    columns, errors = np.empty((block, ROWS), np.float32), np.empty((block, ROWS), np.float32)
+    local, chosen = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
+    lanes = np.ones((LANE_ROWS, ROWS), np.float32)
+    begin()
+    for panel in range(begin_run, end_run, together):
+        runs = min(together, end_run - panel)
+        kept[:] = 0
+        for run in range(runs):
+            lay_columns(W[(panel + run) * ROWS : (panel + run + 1) * ROWS], order, panels[run])
+        for top in range(0, width, block):
+            count, factor = min(block, width - top), inverse[top // block]
+            for run in range(runs):
+                first = (panel + run) * ROWS
+                number_of_rows = min(ROWS, rows - first)
+                own = panels[run, top : top + count]
+                columns[:count] = own
+                matrix = far.ctypes.data + top * stride
+                add_far(matrix, stride, kept[run].ctypes.data, top, columns.ctypes.data, count)
+                for start in range(0, count, step):
+                    stop = min(start + step, count)
+                    number = order[top + start] // group
+                    if len(factors) > 0:
+                        _find_grid(
+                            columns[start:stop], local[: stop - start], factor, start, factors, symmetric, top_code,
+                            dropped, smallest, most, lanes, chosen, errors[start:stop],
+                        )  # fmt: skip
+                        for lane in range(number_of_rows):
+                            scales[first + lane, number] = lanes[SCALE, lane]
+                            zeros[first + lane, number] = np.uint8(np.int32(-lanes[LOW, lane]))
+                    else:
+                        grids = slice(first, first + number_of_rows)
+                        _take_grid(lanes, top_code, scales[grids, number], zeros[grids, number])
+                    _sweep_group(columns[start:stop], factor, start, lanes, chosen, errors[start:stop])
+                    rest = columns.ctypes.data + stop * COLUMN_BYTES
+                    _push(factor, stop, count, start, stop - start, errors[start:].ctypes.data, rest)
+                    _missed(own[start:stop], chosen, lanes)
+                    for lane in range(number_of_rows):
+                        losses[first + lane] += np.float64(lanes[LOSS, lane])
+                        for j in range(stop - start):
+                            codes[first + lane, order[top + start + j]] = np.uint8(np.int32(chosen[j, lane]))
+                keep_columns(own, kept[run, top:].ctypes.data)
+                keep_columns(errors[:count], missed[panel + run, top:].ctypes.data)
+    end()
 
 
 def sweep_rows(
     W: torch.Tensor,
     order: torch.Tensor,
-    U: torch.Tensor,
+    feedback: Feedback,
     scheme: Scheme,
     scale_dtype: torch.dtype,
     candidates: Search | None,
     scales: torch.Tensor,
     zeros: torch.Tensor,
-    step: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, Array]:
     """Choose the codes of rows, and for each group of each row the grid among the candidates.
 
     Args:
         W: fp32 [N, K]. order: int64 [K], channels as they are swept; those of a group come together.
-        U: fp32 [K, K], the upper Cholesky factor of the inverse of H, its channels in `order`, as a transposed view.
+        feedback: of H, its channels in `order`, for the scheme's groups.
         candidates: grids that are tried; None takes `scales` and `zeros` as they come.
         scales, zeros: fp32 and uint8 [N, G], written where there are candidates.
-        step: columns of one grid that are swept together, a group or less.
 
     Returns:
-        Codes uint8 [N, K], and each row's loss, the sum of its squared errors (w − ŵ) / U_jj, fp64 [N].
+        Codes uint8 [N, K]; each row's loss, the sum of its squared errors (w − ŵ) / U_jj, fp64 [N]; and these errors,
+        32 rows side by side, as `far_products` multiplies them.
     """
     codes, losses = torch.empty(W.shape, dtype=torch.uint8), torch.zeros(len(W), dtype=torch.float64)
+    errors = np.zeros((-(-len(W) // ROWS), feedback.far.shape[1], ROWS), KEPT)
     factors: Sequence[float] = () if candidates is None else candidates.factors()
     given = (
-        W.contiguous().numpy(), order.numpy(), U.T.contiguous().numpy(), scheme.group_size or W.shape[1], step,
-        np.array(factors, np.float32), scheme.symmetric, np.float32(scheme.largest_code),
-        *ROUNDING[STORED[scale_dtype]], scales.numpy(), zeros.numpy(), codes.numpy(), losses.numpy(),
+        W.contiguous().numpy(), order.numpy(), feedback.far, feedback.inverse, scheme.group_size or W.shape[1],
+        scheme.group_size or feedback.block, np.array(factors, np.float32), scheme.symmetric,
+        np.float32(scheme.largest_code), *ROUNDING[STORED[scale_dtype]], scales.numpy(), zeros.numpy(), codes.numpy(),
+        losses.numpy(), errors,
     )  # fmt: skip
-    over_rows(-(-len(W) // ROWS), ROWS * W.shape[1] ** 2, lambda begin, end: _sweep(*given, begin, end))
-    return codes, losses
+    over_runs(len(W), W.shape[1], lambda begin, end: _sweep(*given, begin, end))
+    return codes, losses, errors

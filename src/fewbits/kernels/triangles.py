@@ -16,8 +16,10 @@ from numba import carray, njit
 
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products, subtract_products
+from fewbits.kernels.lanes import LANES
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
+from fewbits.kernels.turned import turn_words
 
 # Panels of an inverse that are computed before they are written over what they are computed from.
 PANELS = 32
@@ -28,6 +30,17 @@ H_AT, ADDED, M_AT, SIZE, INVERSES_AT, FIRST, SCRATCH_AT, FAILED_AT = range(OWN, 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _matrix(address: Any, rows: Any, columns: Any) -> Any:
     return carray(pointer_to(address), (rows, columns), np.float32)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _invert_small(block: Any, width: Any, inverse: Any) -> None:
+    """Invert a lower triangle, the inverses of its diagonal being there."""
+    for c in range(width):
+        for d in range(c):
+            total = np.float32(0.0)
+            for e in range(d, c):
+                total += block[c, e] * inverse[e, d]
+            inverse[c, d] = -total * inverse[c, c]
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -48,12 +61,7 @@ def _factor_small(block: Any, width: Any, inverse: Any) -> Any:
             return False
         block[c, c] = np.sqrt(pivot)
         inverse[c, c] = np.float32(1.0) / block[c, c]
-    for c in range(width):
-        for d in range(c):
-            total = np.float32(0.0)
-            for e in range(d, c):
-                total += block[c, e] * inverse[e, d]
-            inverse[c, d] = -total * inverse[c, c]
+    _invert_small(block, width, inverse)
     return True
 
 
@@ -69,6 +77,14 @@ def _reverse(address: Any, start: Any, stop: Any) -> None:
         M[row, row] += added
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _turn(rows: Any, stride: Any, columns: Any, count: Any) -> None:
+    """32 rows of `count` numbers at an address, a multiple of 16 of them, to columns of 32 at another."""
+    for j in range(0, count, LANES):
+        for lane in range(0, ROWS, LANES):
+            turn_words(rows + lane * stride + 4 * j, stride, columns + j * COLUMN_BYTES + 4 * lane, COLUMN_BYTES)
+
+
 def _factor_diagonal(address: Any, start: Any, stop: Any) -> None:
     """The 32 columns' own rows, their inverse, and those rows as columns for the rows below."""
     block = carray(pointer_to(address), (WORDS,), np.int64)
@@ -79,9 +95,12 @@ def _factor_diagonal(address: Any, start: Any, stop: Any) -> None:
     M, left = _matrix(block[M_AT], size, size), _matrix(block[SCRATCH_AT], size, ROWS)
     inverse = _matrix(block[INVERSES_AT] + first * COLUMN_BYTES, ROWS, ROWS)
     width = min(ROWS, size - first)
-    for lane in range(width):
-        for j in range(first):
-            left[j, lane] = M[first + lane, j]
+    if width == ROWS:
+        _turn(block[M_AT] + 4 * first * size, 4 * size, left.ctypes.data, first)
+    else:
+        for lane in range(width):
+            for j in range(first):
+                left[j, lane] = M[first + lane, j]
     own = np.zeros((ROWS, ROWS), np.float32)
     own[:width, :width] = M[first : first + width, first : first + width]
     if first > 0:
@@ -115,6 +134,20 @@ def _factor_below(address: Any, start: Any, stop: Any) -> None:
         add_products(sums.ctypes.data, COLUMN_BYTES, turned.ctypes.data, ROWS, solved.ctypes.data, count)
         M[row : row + count, first:behind] = solved[:count]
         M[first:behind, row : row + count] = np.float32(0.0)
+
+
+def _invert_diagonal(address: Any, start: Any, stop: Any) -> None:
+    """The inverses of blocks of 32 columns on the diagonal."""
+    block = carray(pointer_to(address), (WORDS,), np.int64)
+    size = block[SIZE]
+    M = _matrix(block[M_AT], size, size)
+    for tile in range(start, stop):
+        first = tile * ROWS
+        width = min(ROWS, size - first)
+        inverse = _matrix(block[INVERSES_AT] + first * COLUMN_BYTES, ROWS, ROWS)
+        for c in range(width):
+            inverse[c, c] = np.float32(1.0) / M[first + c, first + c]
+        _invert_small(M[first : first + width, first : first + width], width, inverse)
 
 
 def _invert_panel(address: Any, start: Any, stop: Any) -> None:
@@ -164,8 +197,11 @@ def _mirror(address: Any, start: Any, stop: Any) -> None:
 
 
 _WORK = {
-    work.__name__: work for work in (_reverse, _factor_diagonal, _factor_below, _invert_panel, _write_panel, _mirror)
-}
+    work.__name__: work
+    for work in (
+        _reverse, _factor_diagonal, _factor_below, _invert_diagonal, _invert_panel, _write_panel, _mirror,
+    )
+}  # fmt: skip
 
 
 @cache
@@ -173,38 +209,52 @@ def _compiled(name: str) -> Any:
     return compiled_work(_WORK[name])
 
 
-def inverse_factor_of(H: torch.Tensor, added: float, out: torch.Tensor) -> bool:
-    """Write lower triangular V with V Vᵀ = (H + added · 1)⁻¹ over `out`; False where that is not positive definite.
+def _inverses(size: int) -> Array:
+    """Room for the inverses of the blocks on the diagonal."""
+    return np.zeros((-(-size // ROWS), ROWS, ROWS), np.float32)
 
-    With J the reversal of rows, J (H + added) J = L Lᵀ, and V = J L⁻ᵀ J.
+
+def factor_in(H: torch.Tensor, added: float, out: torch.Tensor) -> bool:
+    """Write lower triangular L with L Lᵀ = J (H + added · 1) J, J the reversal of rows; False where there is none.
 
     Args:
         H: symmetric fp32 [K, K]. out: fp32 [K, K], contiguous.
     """
     H = H.contiguous()
     size = len(H)
-    tiles = -(-size // ROWS)
-    inverses, failed = np.zeros((tiles, ROWS, ROWS), np.float32), np.zeros(1, np.int64)
-    scratch = np.empty((min(PANELS, tiles), size, ROWS), np.float32)
+    inverses, failed, scratch = _inverses(size), np.zeros(1, np.int64), np.empty((size, ROWS), np.float32)
     fixed = {
         H_AT: H.data_ptr(), ADDED: int(np.float32(added).view(np.uint32)), M_AT: out.data_ptr(), SIZE: size,
         INVERSES_AT: inverses.ctypes.data, SCRATCH_AT: scratch.ctypes.data, FAILED_AT: failed.ctypes.data,
     }  # fmt: skip
-    work = {name: Work(_compiled(name), fixed) for name in _WORK}
-    threads = team_size(size**3)
+    work = {name: Work(_compiled(name), fixed) for name in ("_reverse", "_factor_diagonal", "_factor_below")}
     steps: list[Array] = [work["_reverse"].step(size, {})]
     for first in range(0, size, ROWS):
         steps.append(work["_factor_diagonal"].step(1, {FIRST: first}))
         if first + ROWS < size:
             steps.append(work["_factor_below"].step(-(-(size - first) // ROWS) - 1, {FIRST: first}))
-    Program(steps).run(threads)
-    if failed[0]:
-        return False
-    steps = []
+    Program(steps).run(team_size(size**3))
+    return not failed[0]
+
+
+def invert_in(L: torch.Tensor) -> torch.Tensor:
+    """J L⁻ᵀ J of a lower triangular L, over L, itself lower triangular. With L of `factor_in` it is Uᵀ of H⁻¹ = Uᵀ U.
+
+    Args:
+        L: fp32 [K, K], contiguous.
+    """
+    size, tiles = len(L), -(-len(L) // ROWS)
+    inverses, scratch = _inverses(size), np.empty((min(PANELS, tiles), size, ROWS), np.float32)
+    fixed = {
+        M_AT: L.data_ptr(), SIZE: size, INVERSES_AT: inverses.ctypes.data, SCRATCH_AT: scratch.ctypes.data
+    }  # fmt: skip
+    names = ("_invert_diagonal", "_invert_panel", "_write_panel", "_mirror")
+    work = {name: Work(_compiled(name), fixed) for name in names}
+    steps: list[Array] = [work["_invert_diagonal"].step(tiles, {})]
     for first in range(0, tiles, PANELS):
         some = min(PANELS, tiles - first)
         steps.append(work["_invert_panel"].step(some, {FIRST: first * ROWS}))
         steps.append(work["_write_panel"].step(some, {FIRST: first * ROWS}))
     steps.append(work["_mirror"].step(tiles, {}))
-    Program(steps).run(threads)
-    return True
+    Program(steps).run(team_size(size**3))
+    return L

@@ -31,9 +31,8 @@ class _Coupled:
 
     def __init__(self, rows: torch.Tensor, G: torch.Tensor, first: int, damping: float) -> None:
         order = G.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(G[order][:, order], damping)
         self.places = order + first
-        self._U = None if factor is None else factor.U
+        self._U = inverse_factor(G[order][:, order], damping)
         self._targets = rows[order].float()
 
     def targets(self, begin: int) -> torch.Tensor:

@@ -42,10 +42,11 @@ def drifted_targets(
         del matrix
         if drift.of_outputs and not keep:
             drift.matrix.untyped_storage().resize_(0)
-        factor = inverse_factor(H, DAMPING, None if keep or drift.of_outputs else drift.matrix)
-        if factor is None:
+        inverse = inverse_factor(H, DAMPING, None if keep or drift.of_outputs else drift.matrix)
+        if inverse is None:
             return W
-        U = factor.U.to(dtype)
+        U = inverse.to(dtype)
+        del inverse
         for rows in parts:
             step = product(linear(steps[rows].to(dtype), U), U).float()
             steps[rows] = step.mul_(SHARE).add_(W[rows])

@@ -1,10 +1,11 @@
 """GPTQ: choose the codes column by column, pushing each column's error into the columns not yet chosen.
 
 Source: Frantar et al. 2022, arXiv 2210.17323, algorithm 1.
-W [N, K] fp32 · H [K, K] = Σ wₜ xₜ xₜᵀ · U upper Cholesky factor of H⁻¹ · s, z scale and zero point of a group
-Differs from the paper: channels are ordered within groups and groups by their largest, so that files need no index;
-a group's scale is searched when its turn comes, on the weights as compensated, by sweeping the group with every
-candidate; and after the sweep each code is chosen once more, given all others (coordinate descent on the same loss).
+W [N, K] fp32 · H [K, K] = Σ wₜ xₜ xₜᵀ = M Mᵀ, M upper triangular · s, z scale and zero point of a group
+Differs from the paper: H⁻¹ is never formed, columns push by M (kernels.feedback); channels are ordered within groups
+and groups by their largest, so that files need no index; a group's scale is searched when its turn comes, on the
+weights as compensated, by sweeping the group with every candidate; and after the sweep each code is chosen once more,
+given all others (coordinate descent on the same loss).
 Needs: Gram. Cost: O(N · K²).
 """
 
@@ -18,7 +19,7 @@ from fewbits.drift import Drift
 from fewbits.schemes import Scheme
 from fewbits.solvers.coupled import solve_in_turn
 from fewbits.solvers.drifted import drifted_targets
-from fewbits.solvers.factorization import inverse_factor
+from fewbits.solvers.factorization import factor_of
 from fewbits.solvers.gptq_options import DEFAULTS, GptqOptions
 from fewbits.solvers.row_solver import RowSolver
 from fewbits.solvers.solution import Solution, joined, part_of
@@ -49,7 +50,7 @@ def solve(
     Args:
         couplings: output Grams of runs of rows, in order (`coupled.py`); without them rows are independent.
         drift: of the same tokens as H: outputs are to be those of the inputs that W had before (`drifted.py`).
-        keep_gram: False lets the solver write over H and the drift, which saves the memory of matrices of their size.
+        keep_gram: False lets the solver write over H and the drift, and let go of them: it saves memory of their size.
     """
     K = W.shape[1]
     some = max(SOME_ROWS, ROW_NUMBERS // K)
@@ -61,9 +62,15 @@ def solve(
     spare = None if keep_gram or drift is None or drift.of_outputs else drift.matrix
     turned = _turned(H, order, spare)
     turned.diagonal().copy_(living[order])
-    factor = inverse_factor(turned, options.damping, None if keep_gram else H)
+    factor = factor_of(turned, options.damping, None if keep_gram else H)
     solver = RowSolver(turned, factor, order, seen, living, scheme, scale_dtype, options)
-    if factor is None or not couplings:
+    is_factored = factor is not None
+    del turned, factor
+    if not keep_gram:
+        for spent in (H, spare):
+            if spent is not None:
+                spent.data = spent.new_empty(0)
+    if not is_factored or not couplings:
         return joined(
             [solver.solution(W[part].float(), None if target is None else target[part].float()) for part in parts]
         )
@@ -74,7 +81,7 @@ def solve(
 
 def _turned(H: torch.Tensor, order: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
     """H with its channels in `order`, a panel at a time: matrices this large set the peak memory of a whole run."""
-    turned = torch.empty_like(H) if memory is None else memory
+    turned = torch.empty_like(H) if memory is None else memory.view_as(memory)
     for start in range(0, len(H), PANEL):
         turned[start : start + PANEL] = H[order[start : start + PANEL]][:, order]
     return turned

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fewbits.kernels.curvature import curvature_of
+from fewbits.kernels.feedback import Feedback, feedback_of, norms
 from fewbits.kernels.quadratic import quadratic, squares
 from fewbits.kernels.rounding import search_grid
 from fewbits.packing import decode_codes
@@ -38,10 +40,9 @@ class RowSolver:
         Args:
             turned: H, its channels in `order`, as it was factored. seen: its diagonal. living: that which was factored.
         """
-        self._turned, self._factor, self._order, self._seen, self._living = turned, factor, order, seen, living
+        self._order, self._living = order, living
         self._scheme, self._scale_dtype, self._options = scheme, scale_dtype, options
-        # A doctored factor belongs to another H than this, by which steps could go astray.
-        self._can_descend = factor is not None and factor.trouble is None
+        self._feedback = None if factor is None else feedback_of(factor.L, scheme.group_size)
         self._notes: tuple[tuple[str, str], ...] = ()
         # What `turned` has on its diagonal beyond H.
         self._added = living - seen
@@ -52,24 +53,28 @@ class RowSolver:
         else:
             turned.diagonal().add_(factor.damping)
             self._added = self._added + factor.damping
+        # A doctored factor belongs to another H than this, by which steps could go astray.
+        is_of_turned = factor is not None and factor.trouble is None
+        self._curvature = curvature_of(turned) if is_of_turned else None
+        self._turned = None if is_of_turned else turned
 
     def solution(self, W: torch.Tensor, target: torch.Tensor | None = None) -> Solution:
         """The solution of rows fp32 [n, K] that comes close to `target` (W if None), with what it lost of W."""
-        if self._factor is None:
+        if self._feedback is None:
             return self.judged(W, self._rounded(W))
         aim = W if target is None else target
-        solved, loss, missed = self._compensated(aim, self._factor)
+        solved, loss, missed = self._compensated(aim, self._feedback)
         if self._restore_worse_rows(aim, solved) or target is not None:
             return self.judged(W, solved)
-        return self.judged(W, solved, missed, loss if self._can_descend else None)
+        return self.judged(W, solved, missed, loss if self._turned is None else None)
 
     def choose_few(self, W: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         """Codes of a few rows, and what they miss of W, fp32 [n, K].
 
         So few that looking at some of them costs; from 4 bits on none came out worse than rounded.
         """
-        assert self._factor is not None
-        solved, _, missed = self._compensated(W, self._factor)
+        assert self._feedback is not None
+        solved, _, missed = self._compensated(W, self._feedback)
         restored = self._scheme.bits < 4 and self._restore_worse_rows(W, solved)
         return solved, W - decode_codes(*solved, self._scheme) if missed is None or restored else missed
 
@@ -84,28 +89,35 @@ class RowSolver:
         missed = W - decode_codes(*solved, self._scheme) if missed is None else missed
         squared_error, added_error = squares(missed, self._added)
         squared_norm, added_norm = squares(W, self._added)
-        damped_loss = quadratic(missed, self._order, self._turned) if damped_loss is None else damped_loss
+        damped_loss = self._damped_losses(missed) if damped_loss is None else damped_loss
         return Solution(
             self._scheme, *solved,
             squared_error=squared_error,
             squared_norm=squared_norm,
             output_error=(damped_loss - added_error).clamp_min(0),
-            output_norm=(quadratic(W, self._order, self._turned) - added_norm).clamp_min(0),
+            output_norm=(self._damped_losses(W) - added_norm).clamp_min(0),
             notes=self._notes,
         )  # fmt: skip
 
-    def _compensated(self, W: torch.Tensor, factor: Factor) -> tuple[Grid, torch.Tensor, torch.Tensor | None]:
+    def _compensated(self, W: torch.Tensor, feedback: Feedback) -> tuple[Grid, torch.Tensor, torch.Tensor | None]:
         """Codes, each row's loss, and W − Ŵ where it is known."""
         scheme, options = self._scheme, self._options
-        solved, loss = sweep(W, factor.U, self._order, self._living, scheme, self._scale_dtype, options)
-        if not self._can_descend or options.passes == 0:
+        solved, loss, errors = sweep(W, feedback, self._order, self._living, scheme, self._scale_dtype, options)
+        if self._curvature is None or options.passes == 0:
             return solved, loss, None
-        gained, missed = descend(W, solved, self._turned, self._order, scheme, options.passes)
+        gained, missed = descend(W, solved, errors, self._curvature, feedback, self._order, scheme, options.passes)
         return solved, loss - gained, missed
+
+    def _damped_losses(self, rows: torch.Tensor) -> torch.Tensor:
+        """The diagonal of rows · H · rowsᵀ by H as it was factored, or by that of `turned`, fp64 [n]."""
+        if self._turned is not None:
+            return quadratic(rows, self._order, self._turned)
+        assert self._feedback is not None
+        return norms(rows, self._order, self._feedback)
 
     def _losses(self, rows: torch.Tensor) -> torch.Tensor:
         """The diagonal of rows · H · rowsᵀ, fp64 [n]."""
-        return (quadratic(rows, self._order, self._turned) - squares(rows, self._added)[1]).clamp_min(0)
+        return (self._damped_losses(rows) - squares(rows, self._added)[1]).clamp_min(0)
 
     def _rounded(self, W: torch.Tensor) -> Grid:
         return _rounded(W, self._scheme, self._scale_dtype, self._options.search, self._living)

@@ -1,0 +1,202 @@
+"""Sums of 32 rows side by side plus products with many columns: in bf16 pairs where the processor multiplies those.
+
+What is multiplied is kept so that two columns' numbers of a row are a pair of bf16 numbers, elsewhere as fp32 columns.
+Sums are fp32. Matrix units take 32 or 16 columns of sums at once, dot products of pairs eight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS
+from fewbits.kernels.lanes import (
+    HAS_BF16,
+    I32,
+    I64,
+    LANES,
+    Bf16Lanes,
+    Sums,
+    dot_pairs,
+    indices,
+    load,
+    multiply_add,
+    prefetch,
+    repeat,
+    rounded,
+    spread,
+)  # fmt: skip
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, add_tiles, begin_tiles, end_tiles
+
+# How a number is kept, its bytes, and bytes from one kept column's numbers to the next's.
+KEPT = np.uint16 if HAS_BF16 else np.float32
+NUMBER_BYTES = np.dtype(KEPT).itemsize
+KEPT_BYTES = ROWS * NUMBER_BYTES
+# Columns are multiplied by so many: zeros stand for those that are not there.
+TOGETHER = 32
+# Kept columns that are multiplied with every row of a matrix before the next ones: they stay in the first-level cache.
+CACHED = 768 // NUMBER_BYTES
+
+
+def padded(columns: int) -> int:
+    """Columns with those that fill up the last TOGETHER."""
+    return -(-columns // TOGETHER) * TOGETHER
+
+
+@cache
+def _add_lines(columns: int) -> Callable[..., None]:
+    """An intrinsic (matrix, stride, kept, lines, sums): sums += matrix · kept, of so many columns of sums.
+
+    A line is 32 words: pairs of two kept columns, or numbers of one.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def added(typing_context: Any, matrix: Any, stride: Any, kept: Any, lines: Any, sums: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _multiply_lines(builder, columns, *arguments)
+            return context.get_dummy_value()
+
+        return types.none(*[types.int64] * 5), generate
+
+    return added  # type: ignore[no-any-return]
+
+
+def _multiply_lines(builder: Any, columns: int, matrix: Any, stride: Any, kept: Any, lines: Any, sums: Any) -> None:
+    rows = [builder.add(matrix, builder.mul(stride, ir.Constant(I64, column))) for column in range(columns)]
+
+    def body(turn: Any, carried: list[Any]) -> list[Any]:
+        at = builder.add(kept, builder.mul(turn, ir.Constant(I64, COLUMN_BYTES)))
+        line = [load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * half)), Sums.vector) for half in range(2)]
+        shift = builder.mul(turn, ir.Constant(I64, 4))
+        # Lines of the rows that come next: a row begins on another page than the one before.
+        behind = builder.add(builder.and_(turn, ir.Constant(I64, columns - 1)), ir.Constant(I64, columns))
+        ahead = builder.add(builder.mul(stride, behind), builder.and_(shift, ir.Constant(I64, -64)))
+        prefetch(builder, builder.add(matrix, ahead))
+        added: list[Any] = []
+        for row in rows:
+            word = builder.bitcast(spread(builder, load(builder, builder.add(row, shift), I32)), Sums.vector)
+            for half in line:
+                add = dot_pairs if HAS_BF16 else _multiply_added
+                added.append(add(builder, carried[len(added)], word, half))
+        return added
+
+    places = [builder.add(sums, ir.Constant(I64, 4 * LANES * place)) for place in range(2 * columns)]
+    before = [load(builder, place, Sums.vector) for place in places]
+    for place, total in zip(places, repeat(builder, lines, before, body), strict=True):
+        builder.store(total, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
+
+
+def _multiply_added(builder: Any, sums: Any, left: Any, right: Any) -> Any:
+    return multiply_add(builder, left, right, sums)
+
+
+@cache
+def _add_in_matrices(columns: int) -> Callable[..., Any]:
+    """An intrinsic (matrix, stride, kept, turns, sums): sums += matrix · kept, TOGETHER columns a turn.
+
+    Returns the columns of sums that were added to: none without matrix units.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def added(typing_context: Any, matrix: Any, stride: Any, kept: Any, turns: Any, sums: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            if not HAS_MATRIX_UNITS:
+                return ir.Constant(I64, 0)
+            matrix, stride, kept, turns, sums = arguments
+            line, begun = ir.Constant(I64, COLUMN_BYTES), ir.Constant(ir.IntType(1), 1)
+            add_tiles(
+                builder, False, columns // LANES, ROWS // LANES, matrix, stride, kept, line, turns, sums, line, begun
+            )  # fmt: skip
+            return ir.Constant(I64, columns)
+
+        return types.int64(*[types.int64] * 5), generate
+
+    return added  # type: ignore[no-any-return]
+
+
+def _where_there_are_matrix_units(emit: Callable[[Any], None]) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def done(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            if HAS_MATRIX_UNITS:
+                emit(builder)
+            return context.get_dummy_value()
+
+        return types.none(), generate
+
+    return done
+
+
+# What a thread does before it multiplies, and afterwards.
+begin, end = _where_there_are_matrix_units(begin_tiles), _where_there_are_matrix_units(end_tiles)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _keep_two(typing_context: Any, first: Any, second: Any, target: Any) -> Any:
+    """Two fp32 columns at addresses, to be multiplied."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *columns, target = arguments
+        for half in range(2):
+            shift = ir.Constant(I64, 4 * LANES * half)
+            both = [load(builder, builder.add(column, shift), Sums.vector) for column in columns]
+            at = builder.add(target, shift)
+            if HAS_BF16:
+                numbers = rounded(builder, both)
+                pairs = builder.shuffle_vector(numbers, numbers, indices(i // 2 + i % 2 * LANES for i in range(32)))
+                builder.store(pairs, builder.inttoptr(at, Bf16Lanes.vector.as_pointer()), align=2)
+                continue
+            for column, value in enumerate(both):
+                place = builder.add(at, ir.Constant(I64, column * COLUMN_BYTES))
+                builder.store(value, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 3), generate
+
+
+_some, _one = _add_lines(COLUMNS), _add_lines(1)
+_tall, _low = _add_in_matrices(2 * LANES), _add_in_matrices(LANES)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def keep_columns(columns: Any, kept: Any) -> None:
+    """Keep fp32 columns [n, ROWS], to be multiplied, at an address; with an odd n zeros behind them."""
+    count = len(columns)
+    nothing = np.zeros(ROWS, np.float32)
+    for first in range(0, count, 2):
+        second = columns[first + 1] if first + 1 < count else nothing
+        _keep_two(columns[first].ctypes.data, second.ctypes.data, kept + first * KEPT_BYTES)
+
+
+# Inlined by Numba, as lane_products are.
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def add_far(matrix: Any, stride: Any, kept: Any, count: Any, sums: Any, columns: Any) -> None:
+    """sums += matrix · kept, of addresses, between `begin` and `end`.
+
+    Args:
+        matrix: [columns, count] as KEPT, rows `stride` bytes apart. kept: [count, ROWS], as `keep_columns` left it.
+        count: a multiple of TOGETHER. sums: fp32 [columns, ROWS].
+    """
+    for first in range(0, count, CACHED):
+        some, done = min(CACHED, count - first), 0
+        at, of = matrix + NUMBER_BYTES * first, kept + first * KEPT_BYTES
+        lines = some * NUMBER_BYTES // 4
+        while done + 2 * LANES <= columns:
+            added = _tall(at + done * stride, stride, of, some // TOGETHER, sums + done * COLUMN_BYTES)
+            if added == 0:
+                break
+            done += added
+        if done + LANES <= columns:
+            done += _low(at + done * stride, stride, of, some // TOGETHER, sums + done * COLUMN_BYTES)
+        while done + COLUMNS <= columns:
+            _some(at + done * stride, stride, of, lines, sums + done * COLUMN_BYTES)
+            done += COLUMNS
+        while done < columns:
+            _one(at + done * stride, stride, of, lines, sums + done * COLUMN_BYTES)
+            done += 1
