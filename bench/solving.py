@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewbits.allocator import keep_blocks
 from fewbits.fp32_products import fast_fp32
 from fewbits.schemes import Scheme
 from fewbits.solvers import gptq
@@ -44,6 +45,7 @@ def make_problem(path: Path, rows: int, columns: int) -> None:
 
 def solve_here(path: Path, scheme: Scheme, runs: int) -> dict[str, object]:
     """What the child process of our side does."""
+    keep_blocks()  # as `fewbits quantize` does
     problem = load_file(str(path))
     W, H = problem["W"], problem["H"]
     gptq.solve(W[:64], scheme, torch.bfloat16, H)  # compiles, or reads the compiled kernels

@@ -129,8 +129,9 @@ class RowSolver:
             codes, scales, zeros = (None if part is None else part[rows] for part in solved)
             assert codes is not None and scales is not None
             rounded = self._rounded(W[rows])
-            error = self._losses(W[rows] - decode_codes(codes, scales, zeros, self._scheme))
-            worse = error > self._losses(W[rows] - decode_codes(*rounded, self._scheme))
+            both = [W[rows] - decode_codes(*grid, self._scheme) for grid in ((codes, scales, zeros), rounded)]
+            error, of_rounded = torch.split(self._losses(torch.cat(both)), len(rows))
+            worse = error > of_rounded
             if not bool(worse.any()):
                 return False
             if len(rows) == len(W):
