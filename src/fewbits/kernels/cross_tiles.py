@@ -9,30 +9,33 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from fewbits.kernels.gram_tiles import ROWS, TILE, PackedRows, add_tile, padded_roots
+from fewbits.kernels.gram_tiles import ROWS, TILE, PackedRows, add_tile, left_tile, padded_roots, pairs_of
+from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import pointer_to
-from fewbits.kernels.strips import STRIP
 from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
 
 # The fields of a block.
-LEFT_AT, RIGHT_AT, PAIRS, HEIGHT, WIDTH, SUMS_AT = range(OWN, OWN + 6)
+LEFT_AT, TURNED_AT, RIGHT_AT, PAIRS, HEIGHT, WIDTH, SUMS_AT = range(OWN, OWN + 7)
 
 
 @njit  # type: ignore[untyped-decorator]
-def _multiply(left: Any, right: Any, pairs: Any, sums: Any, first: Any, last: Any) -> None:
+def _multiply(left: Any, turned: Any, right: Any, pairs: Any, sums: Any, first: Any, last: Any) -> None:
     """Tiles `first` to `last`, counted down the columns of tiles."""
     tile_bytes, rows = 4 * pairs * TILE, (sums.shape[0] + TILE - 1) // TILE
-    scratch = np.empty((STRIP, TILE), np.float32)
+    scratch = np.empty((TILE, TILE), np.float32)
     for tile in range(first, last):
         column, row = tile // rows, tile % rows
-        add_tile(left + row * tile_bytes, right + column * tile_bytes, pairs, sums, row, column, scratch)
+        tile_of_left = left_tile(turned, left, pairs, row)
+        add_tile(tile_of_left, right + column * tile_bytes, pairs, sums, row, column, scratch)
 
 
 def _multiply_step(address: Any, start: Any, stop: Any) -> None:
     """A tile is a row of the step."""
     block = carray(pointer_to(address), (WORDS,), np.int64)
     sums = carray(pointer_to(block[SUMS_AT]), (block[HEIGHT], block[WIDTH]), np.float32)
-    _multiply(block[LEFT_AT], block[RIGHT_AT], block[PAIRS], sums, start, stop)
+    begin()
+    _multiply(block[LEFT_AT], block[TURNED_AT], block[RIGHT_AT], block[PAIRS], sums, start, stop)
+    end()
 
 
 @cache
@@ -45,7 +48,7 @@ class CrossTiles:
 
     def __init__(self, sums: torch.Tensor) -> None:
         self._kept = sums
-        self._left, self._right = (PackedRows(width) for width in sums.shape)
+        self._left, self._right = PackedRows(sums.shape[0], True), PackedRows(sums.shape[1], False)
         fixed = {HEIGHT: sums.shape[0], WIDTH: sums.shape[1], SUMS_AT: sums.data_ptr()}
         self._multiply = Work(_compiled(), fixed)
 
@@ -54,9 +57,9 @@ class CrossTiles:
         left, right = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (left, right))
         roots, steps = padded_roots(roots), []
         for start in range(0, len(left), ROWS):
-            pack_left, left_at, count = self._left.step(left, roots, start)
-            pack_right, right_at, _ = self._right.step(right, roots, start)
-            fields = {LEFT_AT: left_at, RIGHT_AT: right_at, PAIRS: (count + 1) // 2}
+            pack_left, left_at, turned_at, count = self._left.step(left, roots, start)
+            pack_right, right_at, _, _ = self._right.step(right, roots, start)
+            fields = {LEFT_AT: left_at, TURNED_AT: turned_at, RIGHT_AT: right_at, PAIRS: pairs_of(count)}
             multiply = self._multiply.step(self._left.tiles * self._right.tiles, fields)
             steps += [pack_left, pack_right, multiply]
         if steps:

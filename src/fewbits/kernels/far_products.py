@@ -32,7 +32,7 @@ from fewbits.kernels.lanes import (
     rounded,
     spread,
 )  # fmt: skip
-from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, add_tiles, begin_tiles, end_tiles
+from fewbits.kernels.matrix_sums import add_matrices
 
 # How a number is kept, its bytes, and bytes from one kept column's numbers to the next's.
 KEPT = np.uint16 if HAS_BF16 else np.float32
@@ -96,47 +96,6 @@ def _multiply_added(builder: Any, sums: Any, left: Any, right: Any) -> Any:
     return multiply_add(builder, left, right, sums)
 
 
-@cache
-def _add_in_matrices(columns: int) -> Callable[..., Any]:
-    """An intrinsic (matrix, stride, kept, turns, sums): sums += matrix · kept, TOGETHER columns a turn.
-
-    Returns the columns of sums that were added to: none without matrix units.
-    """
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def added(typing_context: Any, matrix: Any, stride: Any, kept: Any, turns: Any, sums: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            if not HAS_MATRIX_UNITS:
-                return ir.Constant(I64, 0)
-            matrix, stride, kept, turns, sums = arguments
-            line, begun = ir.Constant(I64, COLUMN_BYTES), ir.Constant(ir.IntType(1), 1)
-            add_tiles(
-                builder, False, columns // LANES, ROWS // LANES, matrix, stride, kept, line, turns, sums, line, begun
-            )  # fmt: skip
-            return ir.Constant(I64, columns)
-
-        return types.int64(*[types.int64] * 5), generate
-
-    return added  # type: ignore[no-any-return]
-
-
-def _where_there_are_matrix_units(emit: Callable[[Any], None]) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def done(typing_context: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            if HAS_MATRIX_UNITS:
-                emit(builder)
-            return context.get_dummy_value()
-
-        return types.none(), generate
-
-    return done
-
-
-# What a thread does before it multiplies, and afterwards.
-begin, end = _where_there_are_matrix_units(begin_tiles), _where_there_are_matrix_units(end_tiles)
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def _keep_two(typing_context: Any, first: Any, second: Any, target: Any) -> Any:
     """Two fp32 columns at addresses, to be multiplied."""
@@ -161,7 +120,7 @@ def _keep_two(typing_context: Any, first: Any, second: Any, target: Any) -> Any:
 
 
 _some, _one = _add_lines(COLUMNS), _add_lines(1)
-_tall, _low = _add_in_matrices(2 * LANES), _add_in_matrices(LANES)
+_tall, _low = add_matrices(2 * LANES, ROWS, True), add_matrices(LANES, ROWS, True)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -183,17 +142,20 @@ def add_far(matrix: Any, stride: Any, kept: Any, count: Any, sums: Any, columns:
         matrix: [columns, count] as KEPT, rows `stride` bytes apart. kept: [count, ROWS], as `keep_columns` left it.
         count: a multiple of TOGETHER. sums: fp32 [columns, ROWS].
     """
+    line = np.int64(COLUMN_BYTES)
     for first in range(0, count, CACHED):
         some, done = min(CACHED, count - first), 0
         at, of = matrix + NUMBER_BYTES * first, kept + first * KEPT_BYTES
         lines = some * NUMBER_BYTES // 4
         while done + 2 * LANES <= columns:
-            added = _tall(at + done * stride, stride, of, some // TOGETHER, sums + done * COLUMN_BYTES)
+            own, turns = sums + done * COLUMN_BYTES, some // TOGETHER
+            added = _tall(at + done * stride, stride, of, line, turns, own, line)
             if added == 0:
                 break
             done += added
         if done + LANES <= columns:
-            done += _low(at + done * stride, stride, of, some // TOGETHER, sums + done * COLUMN_BYTES)
+            own, turns = sums + done * COLUMN_BYTES, some // TOGETHER
+            done += _low(at + done * stride, stride, of, line, turns, own, line)
         while done + COLUMNS <= columns:
             _some(at + done * stride, stride, of, lines, sums + done * COLUMN_BYTES)
             done += COLUMNS

@@ -25,13 +25,12 @@ from fewbits.kernels.far_products import (
     NUMBER_BYTES,
     TOGETHER,
     add_far,
-    begin,
-    end,
     keep_columns,
     padded,
 )
 from fewbits.kernels.lane_products import ROWS, add_products
 from fewbits.kernels.lanes import HAS_BF16
+from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.threads import over_rows, thread_count
 
 # Columns of a block, about.

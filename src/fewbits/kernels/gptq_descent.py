@@ -16,11 +16,12 @@ from numba import njit
 
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.curvature import BLOCK, Curvature
-from fewbits.kernels.far_products import NUMBER_BYTES, TOGETHER, add_far, begin, end
+from fewbits.kernels.far_products import NUMBER_BYTES, TOGETHER, add_far
 from fewbits.kernels.feedback import PANEL, Feedback, over_runs
 from fewbits.kernels.lane_columns import descend_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
 from fewbits.kernels.listed_rows import subtract_listed
+from fewbits.kernels.matrix_sums import begin, end
 
 _descend_some, _descend_one = descend_columns(COLUMNS), descend_columns(1)
 # Columns that changes are pushed into together: as much of the block's rows of H stays in the second-level cache.

@@ -17,10 +17,11 @@ import torch
 from numba import njit
 
 from fewbits.kernels.compiling import ROUNDING, Array
-from fewbits.kernels.far_products import KEPT, add_far, begin, end, keep_columns
+from fewbits.kernels.far_products import KEPT, add_far, keep_columns
 from fewbits.kernels.feedback import PANEL, Feedback, lay_columns, over_runs
 from fewbits.kernels.lane_columns import GRID_ROWS, HIGH, INVERSE, LOSS, LOW, SCALE, sweep_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
+from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
 from fewbits.schemes import Scheme
 from fewbits.search import Search
