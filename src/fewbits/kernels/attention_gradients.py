@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from fewbits.kernels.attention_parts import (
+    STRIP,
     add_weighted,
     copy_rows,
     hide,
@@ -21,10 +22,10 @@ from fewbits.kernels.attention_parts import (
     products,
 )
 from fewbits.kernels.compiling import SUMS, widen
+from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import as_bf16
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.softmax_lanes import pull_key, pull_query
-from fewbits.kernels.strips import STRIP
 from fewbits.kernels.threads import over_rows
 
 
@@ -39,9 +40,9 @@ def _inner(out: Any, pull: Any, sample: Any, t: Any, head: Any) -> Any:
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _pull_queries(
     query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: Any, logs: Any, out: Any, pull: Any,
-    deltas: Any, to_query: Any, start: Any, end: Any,
+    deltas: Any, to_query: Any, start: Any, stop: Any,
 ) -> None:  # fmt: skip
-    """The queries' gradient, and deltas, the inner products of outputs with theirs. Heads `start` to `end`."""
+    """The queries' gradient, and deltas, the inner products of outputs with theirs. Heads `start` to `stop`."""
     heads, length, width = query.shape[1:]
     shared, keys, wide = heads // key.shape[1], key.shape[2], padded(width)
     queries, pulled = np.empty((padded(length), wide), np.uint16), np.empty((padded(length), wide), np.uint16)
@@ -52,7 +53,8 @@ def _pull_queries(
     scores, pulls = np.empty((STRIP, padded(keys)), np.float32), np.empty((STRIP, padded(keys)), np.float32)
     weights = np.zeros((STRIP, padded(keys)), np.uint16)
     sums = np.empty((STRIP, wide), np.float32)
-    for number in range(start, end):
+    begin()
+    for number in range(start, stop):
         sample, head = number // heads, number % heads
         copy_rows(query[sample, head], queries)
         copy_rows(pull[sample, :, head], pulled)
@@ -81,14 +83,15 @@ def _pull_queries(
             for r in range(rows):
                 for i in range(width):
                     to_query[sample, head, top + r, i] = as_bf16(sums[r, i])
+    end()
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _pull_keys(
     query: Any, key: Any, value: Any, lows: Any, highs: Any, scale: Any, logs: Any, deltas: Any,
-    pull: Any, to_key: Any, to_value: Any, start: Any, end: Any,
+    pull: Any, to_key: Any, to_value: Any, start: Any, stop: Any,
 ) -> None:  # fmt: skip
-    """The keys' and values' gradients, heads of keys `start` to `end`; lows, highs: which queries see each key."""
+    """The keys' and values' gradients, heads of keys `start` to `stop`; lows, highs: which queries see each key."""
     heads, length, width = query.shape[1:]
     owners, keys, wide = key.shape[1], key.shape[2], padded(width)
     shared, many = heads // owners, padded(length)
@@ -100,7 +103,8 @@ def _pull_keys(
     weights, gradients = np.zeros((STRIP, many), np.uint16), np.zeros((STRIP, many), np.uint16)
     key_sums, value_sums = np.empty((2, padded(keys), wide), np.float32)
     log, delta = np.zeros(many, np.float32), np.zeros(many, np.float32)
-    for number in range(start, end):
+    begin()
+    for number in range(start, stop):
         sample, owner = number // owners, number % owners
         copy_rows(key[sample, owner], key_rows)
         copy_rows(value[sample, owner], value_rows)
@@ -133,6 +137,7 @@ def _pull_keys(
             for i in range(width):
                 to_key[sample, owner, t, i] = as_bf16(key_sums[t, i])
                 to_value[sample, owner, t, i] = as_bf16(value_sums[t, i])
+    end()
 
 
 def pull_back(
@@ -154,13 +159,13 @@ def pull_back(
     lows, highs = np.searchsorted(stops, places, side="right"), np.searchsorted(firsts, places, side="right")
     over_rows(
         samples * heads, length * keys,
-        lambda start, end: _pull_queries(
-            query, key, value, firsts, stops, number, logs, out, pull, deltas, to_query, start, end
+        lambda start, stop: _pull_queries(
+            query, key, value, firsts, stops, number, logs, out, pull, deltas, to_query, start, stop
         ),
     )  # fmt: skip
     over_rows(
         samples * owners, length * keys,
-        lambda start, end: _pull_keys(
-            query, key, value, lows, highs, number, logs, deltas, pull, to_key, to_value, start, end
+        lambda start, stop: _pull_keys(
+            query, key, value, lows, highs, number, logs, deltas, pull, to_key, to_value, start, stop
         ),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """What attention's kernels share: rows packed for strips of products, and which keys each query sees.
 
-Rows are padded with zeros to whole strips and panels, heads' widths to whole panels.
+Rows are padded with zeros to whole strips and panels, heads' widths to whole panels. Matrix units sum up 32 rows of a
+panel at once, dot products of pairs eight.
 """
 
 from __future__ import annotations
@@ -10,12 +11,18 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fewbits.kernels import strips
 from fewbits.kernels.lanes import LANES
+from fewbits.kernels.matrix_sums import add_matrices
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.panel_lanes import PANEL
-from fewbits.kernels.strips import STRIP, add_strip
 
+# Rows of a strip.
+STRIP = PANEL if HAS_MATRIX_UNITS else strips.STRIP
 # A strip's sums of a panel, two vectors wide, take half the registers; three would reach further past a diagonal.
-multiply = add_strip(PANEL // LANES)
+_add_strip = strips.add_strip(PANEL // LANES)
+_write_matrices, _add_matrices = add_matrices(PANEL, PANEL, False), add_matrices(PANEL, PANEL, True)
+PANEL_BYTES = 4 * PANEL
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -56,25 +63,30 @@ def pack_columns(matrix: Any, panels: Any) -> None:
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def products(rows: Any, top: Any, panels: Any, first: Any, last: Any, out: Any) -> None:
     """out[:, first : last] = a strip of rows, from `top` on, · columns first to last, which end panels."""
-    pairs, row_bytes, stride = panels.shape[1], 2 * rows.shape[1], 4 * out.shape[1]
+    pairs, row_bytes, stride = panels.shape[1], np.int64(2 * rows.shape[1]), np.int64(4 * out.shape[1])
     at, panels_at, out_at = rows.ctypes.data + top * row_bytes, panels.ctypes.data, out.ctypes.data
-    for r in range(STRIP):
-        for t in range(first, last):
-            out[r, t] = np.float32(0.0)
+    line = np.int64(PANEL_BYTES)
     for panel in range(first // PANEL, last // PANEL):
-        right = panels_at + panel * pairs * PANEL * 4
-        multiply(at, row_bytes, 4, right, pairs, out_at + panel * PANEL * 4, stride)
+        right, sums = panels_at + panel * pairs * PANEL_BYTES, out_at + panel * PANEL_BYTES
+        if _write_matrices(at, row_bytes, right, line, pairs // LANES, sums, stride) == 0:
+            for r in range(STRIP):
+                for t in range(panel * PANEL, panel * PANEL + PANEL):
+                    out[r, t] = np.float32(0.0)
+            _add_strip(at, row_bytes, 4, right, pairs, sums, stride)
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def add_weighted(weights: Any, panels: Any, first: Any, last: Any, out: Any, top: Any) -> None:
     """A strip of out, from `top` on, += weights[:, first : last] (bf16) · the same rows of columns."""
-    pairs, row_bytes, stride = panels.shape[1], 2 * weights.shape[1], 4 * out.shape[1]
-    at, panels_at = weights.ctypes.data + 2 * first, panels.ctypes.data + first // 2 * PANEL * 4
-    out_at = out.ctypes.data + top * stride
+    if first == last:
+        return
+    pairs, row_bytes, stride = panels.shape[1], np.int64(2 * weights.shape[1]), np.int64(4 * out.shape[1])
+    at, panels_at = weights.ctypes.data + 2 * first, panels.ctypes.data + first // 2 * PANEL_BYTES
+    out_at, line, some = out.ctypes.data + top * stride, np.int64(PANEL_BYTES), (last - first) // 2
     for panel in range(panels.shape[0]):
-        right = panels_at + panel * pairs * PANEL * 4
-        multiply(at, row_bytes, 4, right, (last - first) // 2, out_at + panel * PANEL * 4, stride)
+        right, sums = panels_at + panel * pairs * PANEL_BYTES, out_at + panel * PANEL_BYTES
+        if _add_matrices(at, row_bytes, right, line, some // LANES, sums, stride) == 0:
+            _add_strip(at, row_bytes, 4, right, some, sums, stride)
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]

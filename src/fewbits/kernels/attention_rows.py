@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from fewbits.kernels.attention_parts import (
+    STRIP,
     add_weighted,
     copy_rows,
     hide,
@@ -21,18 +22,18 @@ from fewbits.kernels.attention_parts import (
     padded,
     products,
 )
+from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import as_bf16
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.softmax_lanes import largest_score, weigh_scores
-from fewbits.kernels.strips import STRIP
 from fewbits.kernels.threads import over_rows
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _attend(
-    query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: Any, out: Any, logs: Any, start: Any, end: Any
+    query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: Any, out: Any, logs: Any, start: Any, stop: Any
 ) -> None:
-    """Heads `start` to `end`, counted through all samples. Arguments as those of `attend`."""
+    """Heads `start` to `stop`, counted through all samples. Arguments as those of `attend`."""
     heads, length, width = query.shape[1:]
     shared, keys, wide = heads // key.shape[1], key.shape[2], padded(width)
     queries = np.empty((padded(length), wide), np.uint16)
@@ -44,7 +45,8 @@ def _attend(
     weights = np.zeros((STRIP, padded(keys)), np.uint16)
     sums, factors = np.empty((STRIP, wide), np.float32), np.empty(STRIP, np.float32)
     stride = padded(keys)
-    for number in range(start, end):
+    begin()
+    for number in range(start, stop):
         sample, head = number // heads, number % heads
         finite = copy_rows(query[sample, head], queries) & copy_rows(key[sample, head // shared], copied)
         pack_columns(copied.T, key_panels)
@@ -71,6 +73,7 @@ def _attend(
             for r in range(rows):
                 for i in range(width):
                     out[sample, top + r, head, i] = as_bf16(sums[r, i] * factors[r])
+    end()
 
 
 def attend(query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: float, out: Any, logs: Any) -> None:
@@ -86,5 +89,5 @@ def attend(query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: flo
     samples, heads, length = query.shape[:3]
     over_rows(
         samples * heads, length * key.shape[2],
-        lambda start, end: _attend(query, key, value, firsts, stops, np.float32(scale), out, logs, start, end),
+        lambda start, stop: _attend(query, key, value, firsts, stops, np.float32(scale), out, logs, start, stop),
     )  # fmt: skip
