@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from fewbits.drift import Drift
+from fewbits.kernels.feedback import feedback_of
 from fewbits.schemes import Scheme
 from fewbits.solvers.coupled import solve_in_turn
 from fewbits.solvers.drifted import drifted_targets
@@ -63,20 +64,27 @@ def solve(
     turned = _turned(H, order, spare)
     turned.diagonal().copy_(living[order])
     factor = factor_of(turned, options.damping, None if keep_gram else H)
-    solver = RowSolver(turned, factor, order, seen, living, scheme, scale_dtype, options)
-    is_factored = factor is not None
-    del turned, factor
+    damping, trouble = (0.0, None) if factor is None else (factor.damping, factor.trouble)
+    feedback = None if factor is None else feedback_of(factor.L, scheme.group_size)
+    del factor
     if not keep_gram:
-        for spent in (H, spare):
-            if spent is not None:
-                spent.data = spent.new_empty(0)
-    if not is_factored or not couplings:
+        _let_go(H)
+    solver = RowSolver(turned, feedback, damping, trouble, order, seen, living, scheme, scale_dtype, options)
+    del turned
+    if spare is not None:
+        _let_go(spare)
+    if feedback is None or not couplings:
         return joined(
             [solver.solution(W[part].float(), None if target is None else target[part].float()) for part in parts]
         )
     aim = W if target is None else target
     grid = solve_in_turn(aim, couplings, options.coupling_damping, solver.choose_few)
     return joined([solver.judged(W[part].float(), part_of(grid, part)) for part in parts])
+
+
+def _let_go(spent: torch.Tensor) -> None:
+    """Free the memory of a tensor that its owner has no more use for."""
+    spent.data = spent.new_empty(0)
 
 
 def _turned(H: torch.Tensor, order: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from fewbits.kernels.curvature import curvature_of
-from fewbits.kernels.feedback import Feedback, feedback_of, norms
+from fewbits.kernels.feedback import Feedback, norms
 from fewbits.kernels.quadratic import quadratic, squares
 from fewbits.kernels.rounding import search_grid
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
 from fewbits.search import Search
 from fewbits.solvers.descent import descend
-from fewbits.solvers.factorization import Factor
 from fewbits.solvers.gptq_options import GptqOptions
 from fewbits.solvers.solution import Grid, Solution
 from fewbits.solvers.sweep import sweep
@@ -27,7 +26,9 @@ class RowSolver:
     def __init__(
         self,
         turned: torch.Tensor,
-        factor: Factor | None,
+        feedback: Feedback | None,
+        damping: float,
+        trouble: str | None,
         order: torch.Tensor,
         seen: torch.Tensor,
         living: torch.Tensor,
@@ -38,23 +39,25 @@ class RowSolver:
         """Take what one H says.
 
         Args:
-            turned: H, its channels in `order`, as it was factored. seen: its diagonal. living: that which was factored.
+            turned: H, its channels in `order`, as it was factored; written over. feedback: of its factor, if there is one.
+            damping, trouble: what it took to factor H (`Factor`).
+            seen: H's diagonal. living: that which was factored.
         """
         self._order, self._living = order, living
         self._scheme, self._scale_dtype, self._options = scheme, scale_dtype, options
-        self._feedback = None if factor is None else feedback_of(factor.L, scheme.group_size)
+        self._feedback = feedback
         self._notes: tuple[tuple[str, str], ...] = ()
         # What `turned` has on its diagonal beyond H.
         self._added = living - seen
-        if factor is None:
+        if feedback is None:
             self._notes = (("rounded plainly", "its statistic cannot be factored"),)
-        elif factor.trouble is not None:
-            self._notes = (("solved with a doctored statistic", factor.trouble),)
+        elif trouble is not None:
+            self._notes = (("solved with a doctored statistic", trouble),)
         else:
-            turned.diagonal().add_(factor.damping)
-            self._added = self._added + factor.damping
+            turned.diagonal().add_(damping)
+            self._added = self._added + damping
         # A doctored factor belongs to another H than this, by which steps could go astray.
-        is_of_turned = factor is not None and factor.trouble is None
+        is_of_turned = feedback is not None and trouble is None
         self._curvature = curvature_of(turned) if is_of_turned else None
         self._turned = None if is_of_turned else turned
 
