@@ -39,7 +39,7 @@ class RowSolver:
         """Take what one H says.
 
         Args:
-            turned: H, its channels in `order`, as it was factored; written over. feedback: of its factor, if there is one.
+            turned: H, its channels in `order`, as it was factored; written over. feedback: of its factor, if any.
             damping, trouble: what it took to factor H (`Factor`).
             seen: H's diagonal. living: that which was factored.
         """
