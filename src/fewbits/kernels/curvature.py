@@ -11,13 +11,11 @@ import numpy as np
 import torch
 
 from fewbits.kernels.compiling import Array
-from fewbits.kernels.far_products import KEPT, NUMBER_BYTES
+from fewbits.kernels.far_products import APART, KEPT, NUMBER_BYTES
 from fewbits.kernels.lanes import HAS_BF16
 
 # Columns that are chosen before their changes are pushed into others.
 BLOCK = 128
-# Rows are so many bytes longer than they need be, so that they don't fall on the same lines of a cache.
-APART = 64
 
 
 @dataclass(frozen=True)

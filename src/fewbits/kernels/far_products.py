@@ -6,8 +6,6 @@ Sums are fp32. Matrix units take 32 or 16 columns of sums at once, dot products 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,22 +13,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS
+from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, add_lanes
 from fewbits.kernels.lanes import (
     HAS_BF16,
-    I32,
     I64,
     LANES,
     Bf16Lanes,
     Sums,
-    dot_pairs,
     indices,
     load,
-    multiply_add,
-    prefetch,
-    repeat,
     rounded,
-    spread,
 )  # fmt: skip
 from fewbits.kernels.matrix_sums import add_matrices
 
@@ -40,60 +32,16 @@ NUMBER_BYTES = np.dtype(KEPT).itemsize
 KEPT_BYTES = ROWS * NUMBER_BYTES
 # Columns are multiplied by so many: zeros stand for those that are not there.
 TOGETHER = 32
+# Rows of a matrix are so many bytes longer than they need be, so that they don't fall on the same lines of a cache.
+APART = 64
 # Kept columns that are multiplied with every row of a matrix before the next ones: they stay in the first-level cache.
 CACHED = 768 // NUMBER_BYTES
 
 
-def padded(columns: int) -> int:
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def padded(columns: Any) -> Any:
     """Columns with those that fill up the last TOGETHER."""
-    return -(-columns // TOGETHER) * TOGETHER
-
-
-@cache
-def _add_lines(columns: int) -> Callable[..., None]:
-    """An intrinsic (matrix, stride, kept, lines, sums): sums += matrix · kept, of so many columns of sums.
-
-    A line is 32 words: pairs of two kept columns, or numbers of one.
-    """
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def added(typing_context: Any, matrix: Any, stride: Any, kept: Any, lines: Any, sums: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _multiply_lines(builder, columns, *arguments)
-            return context.get_dummy_value()
-
-        return types.none(*[types.int64] * 5), generate
-
-    return added  # type: ignore[no-any-return]
-
-
-def _multiply_lines(builder: Any, columns: int, matrix: Any, stride: Any, kept: Any, lines: Any, sums: Any) -> None:
-    rows = [builder.add(matrix, builder.mul(stride, ir.Constant(I64, column))) for column in range(columns)]
-
-    def body(turn: Any, carried: list[Any]) -> list[Any]:
-        at = builder.add(kept, builder.mul(turn, ir.Constant(I64, COLUMN_BYTES)))
-        line = [load(builder, builder.add(at, ir.Constant(I64, 4 * LANES * half)), Sums.vector) for half in range(2)]
-        shift = builder.mul(turn, ir.Constant(I64, 4))
-        # Lines of the rows that come next: a row begins on another page than the one before.
-        behind = builder.add(builder.and_(turn, ir.Constant(I64, columns - 1)), ir.Constant(I64, columns))
-        ahead = builder.add(builder.mul(stride, behind), builder.and_(shift, ir.Constant(I64, -64)))
-        prefetch(builder, builder.add(matrix, ahead))
-        added: list[Any] = []
-        for row in rows:
-            word = builder.bitcast(spread(builder, load(builder, builder.add(row, shift), I32)), Sums.vector)
-            for half in line:
-                add = dot_pairs if HAS_BF16 else _multiply_added
-                added.append(add(builder, carried[len(added)], word, half))
-        return added
-
-    places = [builder.add(sums, ir.Constant(I64, 4 * LANES * place)) for place in range(2 * columns)]
-    before = [load(builder, place, Sums.vector) for place in places]
-    for place, total in zip(places, repeat(builder, lines, before, body), strict=True):
-        builder.store(total, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
-
-
-def _multiply_added(builder: Any, sums: Any, left: Any, right: Any) -> Any:
-    return multiply_add(builder, left, right, sums)
+    return (columns + TOGETHER - 1) // TOGETHER * TOGETHER
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -119,7 +67,8 @@ def _keep_two(typing_context: Any, first: Any, second: Any, target: Any) -> Any:
     return types.none(*[types.int64] * 3), generate
 
 
-_some, _one = _add_lines(COLUMNS), _add_lines(1)
+# Of lines of 32 words: pairs of two kept columns, or numbers of one.
+_some, _one = add_lanes(COLUMNS, False, HAS_BF16), add_lanes(1, False, HAS_BF16)
 _tall, _low = add_matrices(2 * LANES, ROWS, True), add_matrices(LANES, ROWS, True)
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numba import njit
 
-from fewbits.kernels.compiling import Array, as_bits
-from fewbits.kernels.curvature import APART
+from fewbits.kernels.compiling import Array
 from fewbits.kernels.far_products import (
+    APART,
     KEPT,
     NUMBER_BYTES,
     TOGETHER,
@@ -31,6 +31,7 @@ from fewbits.kernels.far_products import (
 from fewbits.kernels.lane_products import ROWS, add_products
 from fewbits.kernels.lanes import HAS_BF16
 from fewbits.kernels.matrix_sums import begin, end
+from fewbits.kernels.memory import as_bf16
 from fewbits.kernels.threads import over_rows, thread_count
 
 # Columns of a block, about.
@@ -76,18 +77,12 @@ def lay_columns(rows: Any, order: Any, columns: Any) -> None:
             columns[k, lane] = rows[lane, channel]
 
 
-if HAS_BF16:
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _as_it_is(value: Any) -> Any:
+    return value
 
-    @njit(inline="always")  # type: ignore[untyped-decorator]
-    def _stored(value: Any) -> Any:
-        bits = as_bits(value)
-        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
-else:
-
-    @njit(inline="always")  # type: ignore[untyped-decorator]
-    def _stored(value: Any) -> Any:
-        return value
+_stored = as_bf16 if HAS_BF16 else _as_it_is
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]

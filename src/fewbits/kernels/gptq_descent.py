@@ -16,7 +16,7 @@ from numba import njit
 
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.curvature import BLOCK, Curvature
-from fewbits.kernels.far_products import NUMBER_BYTES, TOGETHER, add_far
+from fewbits.kernels.far_products import NUMBER_BYTES, add_far, padded
 from fewbits.kernels.feedback import PANEL, Feedback, over_runs
 from fewbits.kernels.lane_columns import descend_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
@@ -100,7 +100,7 @@ def _side_by_side(W: Any, order: Any, group: Any, scales: Any, zeros: Any, codes
 def _begin_pulls(far: Any, block: Any, errors: Any, pulls: Any, sums: Any) -> None:
     """EH of runs of rows from their sweeps' errors, for `pulls` [runs · ROWS, columns]; sums: [block, ROWS]."""
     stride, width = np.int64(far.strides[0]), pulls.shape[1]
-    behind = (width + TOGETHER - 1) // TOGETHER * TOGETHER
+    behind = padded(width)
     begin()
     for top in range(0, width, block):
         count = min(block, width - top)

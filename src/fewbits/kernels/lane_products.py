@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.lanes import F32, I64, LANES, Sums, load, multiply_add, prefetch, repeat, spread
+from fewbits.kernels.lanes import F32, I64, LANES, Sums, dot_pairs, load, multiply_add, prefetch, repeat, spread
 
 # Rows that lie side by side, and bytes of a column of theirs.
 ROWS = 2 * LANES
@@ -27,17 +27,17 @@ CACHED = 192
 
 
 @cache
-def add_lanes(columns: int, negative: bool) -> Callable[..., None]:
+def add_lanes(columns: int, negative: bool, of_pairs: bool = False) -> Callable[..., None]:
     """An intrinsic (matrix, stride, right, count, sums): sums += matrix · right, or −=.
 
     matrix: the address of fp32 [columns, count], rows `stride` bytes apart. right, sums: the addresses of columns, fp32
-    [count, ROWS] and [columns, ROWS].
+    [count, ROWS] and [columns, ROWS]. of_pairs: pairs of bf16 numbers stand in place of what is multiplied, and added.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def added(typing_context: Any, matrix: Any, stride: Any, right: Any, count: Any, sums: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _add(builder, columns, negative, *arguments)
+            _add(builder, columns, negative, of_pairs, *arguments)
             return context.get_dummy_value()
 
         return types.none(*[types.int64] * 5), generate
@@ -46,7 +46,15 @@ def add_lanes(columns: int, negative: bool) -> Callable[..., None]:
 
 
 def _add(
-    builder: Any, columns: int, negative: bool, matrix: Any, stride: Any, right: Any, count: Any, sums: Any
+    builder: Any,
+    columns: int,
+    negative: bool,
+    of_pairs: bool,
+    matrix: Any,
+    stride: Any,
+    right: Any,
+    count: Any,
+    sums: Any,
 ) -> None:
     rows = [builder.add(matrix, builder.mul(stride, ir.Constant(I64, column))) for column in range(columns)]
 
@@ -62,7 +70,12 @@ def _add(
         added: list[Any] = []
         for row in rows:
             number = spread(builder, load(builder, builder.add(row, shift), F32))
-            added += [multiply_add(builder, number, half, carried[len(added) + i]) for i, half in enumerate(both)]
+            for half in both:
+                total = carried[len(added)]
+                if of_pairs:
+                    added.append(dot_pairs(builder, total, number, half))
+                else:
+                    added.append(multiply_add(builder, number, half, total))
         return added
 
     places = [builder.add(sums, ir.Constant(I64, 4 * LANES * place)) for place in range(2 * columns)]
