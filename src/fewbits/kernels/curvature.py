@@ -6,13 +6,16 @@ Numbers are kept as far_products keeps them. Descent reads a row of H for each c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.far_products import APART, KEPT, NUMBER_BYTES
-from fewbits.kernels.lanes import HAS_BF16
+from fewbits.kernels.listed_rows import LINE, keep_line, whole_lines
+from fewbits.kernels.threads import over_rows
 
 # Columns that are chosen before their changes are pushed into others.
 BLOCK = 128
@@ -20,21 +23,37 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Curvature:
-    """far: KEPT [K, more than K], all of H. own: fp32 [blocks, BLOCK, BLOCK], its blocks on the diagonal."""
+    """far: KEPT [K, more than K], all of H, its rows in lines of listed_rows, zeros behind the last column.
+
+    own: fp32 [blocks, BLOCK, BLOCK], its blocks on the diagonal.
+    """
 
     far: Array
     own: Array
 
 
-def curvature_of(H: torch.Tensor) -> Curvature:
-    """Of a symmetric fp32 H [K, K]."""
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _lay(H: Any, order: Any, diagonal: Any, far: Any, own: Any, begin: Any, end: Any) -> None:
+    """Rows begin to end of both. order: as uint64."""
+    width = len(order)
+    laid = np.zeros(whole_lines(width), np.float32)
+    for row in range(begin, end):
+        given = H[order[row]]
+        for column in range(width):
+            laid[column] = given[order[column]]
+        laid[row] = diagonal[row]
+        for column in range(0, width, LINE):
+            keep_line(laid[column:].ctypes.data, far[row, column:].ctypes.data)
+        first = row // BLOCK * BLOCK
+        last = min(first + BLOCK, width)
+        own[row // BLOCK, row - first, : last - first] = laid[first:last]
+
+
+def curvature_of(H: torch.Tensor, order: torch.Tensor, diagonal: torch.Tensor) -> Curvature:
+    """Of a symmetric fp32 H [K, K], its channels in `order`, int64 [K], with `diagonal`, fp32 [K], for its own."""
     size = len(H)
-    far = np.zeros((size, size + APART // NUMBER_BYTES), KEPT)
-    numbers = torch.from_numpy(far.view(np.int16)).view(torch.bfloat16) if HAS_BF16 else torch.from_numpy(far)
-    numbers[:, :size] = H
+    far = np.empty((size, int(whole_lines(size)) + APART // NUMBER_BYTES), KEPT)
     own = np.zeros((-(-size // BLOCK), BLOCK, BLOCK), np.float32)
-    for number, block in enumerate(own):
-        columns = slice(number * BLOCK, min(number * BLOCK + BLOCK, size))
-        count = columns.stop - columns.start
-        block[:count, :count] = H[columns, columns].numpy()
+    given = H.contiguous().numpy(), order.numpy().view(np.uint64), diagonal.contiguous().numpy(), far, own
+    over_rows(size, size, lambda begin, end: _lay(*given, begin, end))
     return Curvature(far, own)

@@ -25,6 +25,7 @@ from fewbits.kernels.lanes import (
     rounded,
 )  # fmt: skip
 from fewbits.kernels.matrix_sums import add_matrices
+from fewbits.kernels.memory import as_bf16
 
 # How a number is kept, its bytes, and bytes from one kept column's numbers to the next's.
 KEPT = np.uint16 if HAS_BF16 else np.float32
@@ -42,6 +43,15 @@ CACHED = 768 // NUMBER_BYTES
 def padded(columns: Any) -> Any:
     """Columns with those that fill up the last TOGETHER."""
     return (columns + TOGETHER - 1) // TOGETHER * TOGETHER
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# An fp32 number as it is kept.
+stored = as_bf16 if HAS_BF16 else _as_it_is
 
 
 @intrinsic  # type: ignore[untyped-decorator]

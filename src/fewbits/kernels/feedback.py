@@ -27,17 +27,20 @@ from fewbits.kernels.far_products import (
     add_far,
     keep_columns,
     padded,
+    stored,
 )
-from fewbits.kernels.lane_products import ROWS, add_products
-from fewbits.kernels.lanes import HAS_BF16
+from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products
+from fewbits.kernels.lanes import LANES
 from fewbits.kernels.matrix_sums import begin, end
-from fewbits.kernels.memory import as_bf16
 from fewbits.kernels.threads import over_rows, thread_count
+from fewbits.kernels.turned import turn_rows
 
 # Columns of a block, about.
 BLOCK = 128
 # Numbers of 32 rows side by side that a thread works on at a time: all of them use what was read of a block.
 PANEL = 1 << 20
+# Columns of a row that are laid beside others' before the next row's: 32 rows of so many stay in the first-level cache.
+LAID = 128
 # Runs of 32 rows that a thread takes at once, where there are enough.
 RUNS = 4
 
@@ -68,21 +71,21 @@ def block_columns(group: int) -> int:
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def lay_columns(rows: Any, order: Any, columns: Any) -> None:
-    """Lay up to ROWS rows side by side, [K, ROWS], their columns in `order`; zeros for rows that are not there."""
-    if len(rows) < ROWS:
-        columns[:] = np.float32(0.0)
-    for k in range(len(order)):
-        channel = order[k]
+    """Lay up to ROWS rows side by side, [K, ROWS], their columns in `order`, uint64; zeros for missing rows."""
+    laid = np.zeros((ROWS, LAID), np.float32)
+    for start in range(0, len(order), LAID):
+        count = min(LAID, len(order) - start)
         for lane in range(len(rows)):
-            columns[k, lane] = rows[lane, channel]
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-_stored = as_bf16 if HAS_BF16 else _as_it_is
+            given = rows[lane]
+            for k in range(count):
+                laid[lane, k] = given[order[start + k]]
+        whole = count // LANES * LANES
+        turn_rows(
+            laid.ctypes.data, np.int64(laid.strides[0]), columns[start:].ctypes.data, np.int64(COLUMN_BYTES),
+            np.int64(ROWS), whole,
+        )  # fmt: skip
+        for k in range(whole, count):
+            columns[start + k] = laid[:, k]
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -117,10 +120,10 @@ def _arrange(L: Any, own: Any, inverse: Any, far: Any, begin_block: Any, end_blo
             add_products(U.ctypes.data, np.int64(U.strides[0]), right.ctypes.data, count, sums.ctypes.data, count)
             for j in range(count):
                 for lane in range(ROWS):
-                    far[first + j, left + lane] = _stored(sums[j, lane])
+                    far[first + j, left + lane] = stored(sums[j, lane])
         for j in range(first, first + count):
             for i in range(j, size):
-                far[j, i] = _stored(L[last - j, last - i])
+                far[j, i] = stored(L[last - j, last - i])
 
 
 def feedback_of(L: torch.Tensor, group: int) -> Feedback:
@@ -186,6 +189,6 @@ def norms(rows: torch.Tensor, order: torch.Tensor, feedback: Feedback) -> torch.
         rows: fp32 [n, K]. order: int64 [K], the columns of `rows` as H had them.
     """
     totals = torch.zeros(len(rows), dtype=torch.float64)
-    given = rows.contiguous().numpy(), order.numpy(), feedback.far, feedback.own, totals.numpy()
+    given = rows.contiguous().numpy(), order.numpy().view(np.uint64), feedback.far, feedback.own, totals.numpy()
     over_runs(len(rows), len(order), lambda begin, end: _norms(*given, begin, end))
     return totals

@@ -11,44 +11,53 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 
-from fewbits.kernels.compiling import Array
-from fewbits.kernels.curvature import BLOCK, Curvature
+from fewbits.kernels.curvature import BLOCK
 from fewbits.kernels.far_products import NUMBER_BYTES, add_far, padded
-from fewbits.kernels.feedback import PANEL, Feedback, over_runs
 from fewbits.kernels.lane_columns import descend_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
-from fewbits.kernels.listed_rows import subtract_listed
+from fewbits.kernels.lanes import LANES
+from fewbits.kernels.listed_rows import subtract_listed, whole_lines
 from fewbits.kernels.matrix_sums import begin, end
+from fewbits.kernels.turned import turn_rows
 
 _descend_some, _descend_one = descend_columns(COLUMNS), descend_columns(1)
 # Columns that changes are pushed into together: as much of the block's rows of H stays in the second-level cache.
 PUSHED = 1024
+# Columns whose changes are listed before they are pushed into all others: sums of these are read and written once.
+LISTED = 512
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def whole_lanes(count: Any) -> Any:
+    """Rounded up to whole vectors."""
+    return (count + LANES - 1) // LANES * LANES
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _descend_block(
-    H: Any, start: Any, stop: Any, scales: Any, top_code: Any, codes: Any, misses: Any, local: Any, steps: Any,
-    gain: Any,
+    H: Any, start: Any, stop: Any, group: Any, grids: Any, top_code: Any, codes: Any, misses: Any, local: Any,
+    steps: Any, gain: Any,
 ) -> None:  # fmt: skip
     """Choose the codes of columns start to stop anew, one after the other, by their block of H.
 
-    scales, codes, misses: [columns, ROWS] of all columns.
+    grids: [groups, 2, ROWS]. codes, misses: [columns, ROWS] of all columns.
     """
     stride = np.int64(H.strides[0])
     first = start
     while first < stop:
-        at, inside = first * COLUMN_BYTES, (first - start) * COLUMN_BYTES
+        number = first // group
+        inside = (first - start) * COLUMN_BYTES
         pulls, block = local.ctypes.data + inside, H.ctypes.data + (first - start) * (stride + 4)
-        own_scales, own_codes, own_misses = scales.ctypes.data + at, codes.ctypes.data + at, misses.ctypes.data + at
+        scales, own_codes = grids[number].ctypes.data, codes.ctypes.data + first * ROWS
+        own_misses = misses.ctypes.data + first * COLUMN_BYTES
         taken, won = steps.ctypes.data + inside, gain.ctypes.data
-        some = COLUMNS if first + COLUMNS <= stop else 1
+        some = COLUMNS if first + COLUMNS <= min(stop, (number + 1) * group) else 1
         if some == COLUMNS:
-            moved = _descend_some(pulls, block, stride, own_scales, own_codes, own_misses, taken, won, top_code)
+            moved = _descend_some(pulls, block, stride, scales, own_codes, own_misses, taken, won, top_code)
         else:
-            moved = _descend_one(pulls, block, stride, own_scales, own_codes, own_misses, taken, won, top_code)
+            moved = _descend_one(pulls, block, stride, scales, own_codes, own_misses, taken, won, top_code)
         if moved != 0:
             matrix, rest = block + some * stride, pulls + some * COLUMN_BYTES
             subtract_products(matrix, stride, taken, some, rest, stop - first - some)
@@ -57,10 +66,10 @@ def _descend_block(
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _list_changes(H: Any, start: Any, count: Any, steps: Any, listed: Any, changes: Any, counts: Any) -> None:
-    """Which rows of H the steps [count, ROWS] of columns from `start` on are pushed by, for each of ROWS rows."""
+    """Add to the lists of ROWS rows which rows of H they are pushed by: steps [count, ROWS] of columns from `start`."""
     stride = np.int64(H.strides[0])
     for lane in range(ROWS):
-        found = 0
+        found = counts[lane]
         for j in range(count):
             if steps[j, lane] != np.float32(0.0):
                 listed[lane, found] = H.ctypes.data + (start + j) * stride
@@ -70,120 +79,79 @@ def _list_changes(H: Any, start: Any, count: Any, steps: Any, listed: Any, chang
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _push(listed: Any, changes: Any, counts: Any, first: Any, stop: Any, pulls: Any) -> None:
-    """Take off rows of EH, columns first to stop, what the changes listed for each of them make there."""
+def _push(listed: Any, changes: Any, begun: Any, counts: Any, first: Any, stop: Any, pulls: Any) -> None:
+    """Take off rows of EH, columns first to stop, what the changes listed for each from `begun` on make there."""
     for tile in range(first, stop, PUSHED):
         behind = min(tile + PUSHED, stop)
         for row in range(len(pulls)):
-            if counts[row] > 0:
-                subtract_listed(listed[row], changes[row], counts[row], tile, behind, pulls[row])
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _side_by_side(W: Any, order: Any, group: Any, scales: Any, zeros: Any, codes: Any, sides: Any) -> None:
-    """Lay up to ROWS rows side by side: what they miss of W, their codes and their scales, [3, columns, ROWS]."""
-    misses, chosen, wide = sides
-    count = len(W)
-    if count < ROWS:
-        misses[:], chosen[:], wide[:] = np.float32(0.0), np.float32(0.0), np.float32(1.0)
-    for k in range(len(order)):
-        channel = order[k]
-        number = channel // group
-        for lane in range(count):
-            scale, code = scales[lane, number], np.float32(codes[lane, channel])
-            wide[k, lane] = scale
-            chosen[k, lane] = code
-            misses[k, lane] = W[lane, channel] - (code - np.float32(zeros[lane, number])) * scale
+            some = counts[row] - begun[row]
+            if some > 0:
+                subtract_listed(listed[row, begun[row] :], changes[row, begun[row] :], some, tile, behind, pulls[row])
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _begin_pulls(far: Any, block: Any, errors: Any, pulls: Any, sums: Any) -> None:
     """EH of runs of rows from their sweeps' errors, for `pulls` [runs · ROWS, columns]; sums: [block, ROWS]."""
-    stride, width = np.int64(far.strides[0]), pulls.shape[1]
+    stride, width, line = np.int64(far.strides[0]), len(far), np.int64(COLUMN_BYTES)
     behind = padded(width)
     begin()
     for top in range(0, width, block):
         count = min(block, width - top)
         matrix = far.ctypes.data + top * stride + top * NUMBER_BYTES
         for run in range(len(pulls) // ROWS):
-            sums[:count] = np.float32(0.0)
+            sums[:] = np.float32(0.0)
             add_far(matrix, stride, errors[run, top:].ctypes.data, behind - top, sums.ctypes.data, count)
-            pulls[run * ROWS : (run + 1) * ROWS, top : top + count] = sums[:count].T
+            rows = pulls[run * ROWS, top:].ctypes.data
+            turn_rows(sums.ctypes.data, line, rows, np.int64(pulls.strides[0]), whole_lanes(count), np.int64(ROWS))
     end()
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _descend(
-    W: Any, order: Any, H: Any, near: Any, far: Any, block: Any, errors: Any, group: Any, passes: Any, top_code: Any,
-    scales: Any, zeros: Any, codes: Any, missed: Any, gained: Any, begin_run: Any, end_run: Any,
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def descend_panel(
+    curvature: Any, far: Any, block: Any, group: Any, passes: Any, top_code: Any, misses: Any, grids: Any, codes: Any,
+    errors: Any, losses: Any,
 ) -> None:  # fmt: skip
-    """Descend in runs of ROWS rows, those numbered begin_run to end_run."""
-    rows, width = W.shape
-    most = min(max(1, PANEL // (ROWS * width)), end_run - begin_run)
-    sides, pulls = np.empty((most, 3, width, ROWS), np.float32), np.empty((most * ROWS, width), np.float32)
-    listed, changes = np.empty((most * ROWS, BLOCK), np.int64), np.empty((most * ROWS, BLOCK), np.float32)
-    counts, gain = np.empty(most * ROWS, np.int64), np.empty(ROWS, np.float32)
-    local, steps = np.empty((max(BLOCK, block), ROWS), np.float32), np.empty((BLOCK, ROWS), np.float32)
-    for panel in range(begin_run, end_run, most):
-        runs = min(most, end_run - panel)
-        for run in range(runs):
-            own = slice((panel + run) * ROWS, (panel + run + 1) * ROWS)
-            _side_by_side(W[own], order, group, scales[own], zeros[own], codes[own], sides[run])
-        _begin_pulls(far, block, errors[panel : panel + runs], pulls[: runs * ROWS], local)
-        for turn in range(passes):
-            for start in range(0, width, BLOCK):
-                stop = min(start + BLOCK, width)
-                for run in range(runs):
-                    first, own = (panel + run) * ROWS, slice(run * ROWS, (run + 1) * ROWS)
-                    misses, chosen, wide = sides[run]
-                    local[: stop - start] = pulls[own, start:stop].T
-                    gain[:] = np.float32(0.0)
-                    _descend_block(
-                        near[start // BLOCK], start, stop, wide, top_code, chosen, misses, local, steps, gain
-                    )
-                    for lane in range(min(ROWS, rows - first)):
-                        gained[first + lane] += np.float64(gain[lane])
-                    _list_changes(H, start, stop - start, steps, listed[own], changes[own], counts[own])
-                # After the last pass nobody asks for the columns before.
-                behind = stop if turn == passes - 1 else 0
-                _push(listed, changes, counts, behind, width, pulls[: runs * ROWS])
-        for run in range(runs):
-            first = (panel + run) * ROWS
-            for lane in range(min(ROWS, rows - first)):
-                for k in range(width):
-                    codes[first + lane, order[k]] = np.uint8(np.int32(sides[run, 1, k, lane]))
-                    missed[first + lane, order[k]] = sides[run, 0, k, lane]
-
-
-def descend_rows(
-    W: torch.Tensor,
-    order: torch.Tensor,
-    curvature: Curvature,
-    feedback: Feedback,
-    errors: Array,
-    group: int,
-    passes: int,
-    largest_code: int,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-    codes: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Re-round each column in turn, given all others, as often as there are passes.
+    """Choose the codes of runs of 32 rows anew, as often as there are passes.
 
     Args:
-        W: fp32 [N, K]. order: int64 [K], the channels of H's rows. curvature, feedback: of H.
-        errors: what the sweep that chose the codes missed, as it left them.
-        group: channels that share a scale. scales: fp32 [N, G], of either sign. zeros: uint8 [N, G].
-        codes: uint8 [N, K]; changed in place.
-
-    Returns:
-        By how much each row's loss fell, fp64 [N], and W − Ŵ, fp32 [N, K].
+        curvature: the arrays `far` and `own` of one. far, block: of the feedback that they were swept with.
+        group: columns that share a scale. grids: fp32 [runs, groups, 2, ROWS], scales and zero points.
+        misses: W − Ŵ, fp32 [runs, K, ROWS], and codes: uint8 [runs, K, ROWS], changed.
+        errors: what the sweep missed, as it left it. losses: fp64 [runs, ROWS], what they lose; lessened.
     """
-    gained, missed = torch.zeros(len(W), dtype=torch.float64), torch.empty(W.shape)
-    given = (
-        W.contiguous().numpy(), order.numpy(), curvature.far, curvature.own, feedback.far, feedback.block, errors,
-        group, passes, np.float32(largest_code), scales.numpy(), zeros.numpy(), codes.numpy(), missed.numpy(),
-        gained.numpy(),
-    )  # fmt: skip
-    over_runs(len(W), W.shape[1], lambda begin, end: _descend(*given, begin, end))
-    return gained, missed
+    H, near = curvature
+    runs, width, _ = misses.shape
+    # Rows begin on lines of a cache of their own.
+    pulls = np.empty((runs * ROWS, whole_lines(width) + LANES), np.float32)
+    stride, line = np.int64(pulls.strides[0]), np.int64(COLUMN_BYTES)
+    listed, changes = np.empty((runs * ROWS, LISTED), np.int64), np.empty((runs * ROWS, LISTED), np.float32)
+    counts, begun = np.zeros(runs * ROWS, np.int64), np.zeros(runs * ROWS, np.int64)
+    local, steps = np.empty((whole_lanes(max(BLOCK, block)), ROWS), np.float32), np.empty((BLOCK, ROWS), np.float32)
+    gain = np.empty(ROWS, np.float32)
+    _begin_pulls(far, block, errors, pulls, local)
+    for turn in range(passes):
+        # After the last pass nobody asks for the columns before.
+        is_last = turn == passes - 1
+        for first in range(0, width, LISTED):
+            last = min(first + LISTED, width)
+            counts[:] = 0
+            for start in range(first, last, BLOCK):
+                stop = min(start + BLOCK, width)
+                count = stop - start
+                begun[:] = counts
+                for run in range(runs):
+                    own = slice(run * ROWS, (run + 1) * ROWS)
+                    rows = pulls[run * ROWS, start:].ctypes.data
+                    turn_rows(rows, stride, local.ctypes.data, line, np.int64(ROWS), whole_lanes(count))
+                    gain[:] = np.float32(0.0)
+                    _descend_block(
+                        near[start // BLOCK], start, stop, group, grids[run], top_code, codes[run], misses[run], local,
+                        steps, gain,
+                    )  # fmt: skip
+                    losses[run] -= gain
+                    _list_changes(H, start, count, steps, listed[own], changes[own], counts[own])
+                _push(listed, changes, begun, counts, stop if is_last else first, last, pulls)
+            begun[:] = 0
+            _push(listed, changes, begun, counts, last, width, pulls)
+            if not is_last:
+                _push(listed, changes, begun, counts, 0, first, pulls)

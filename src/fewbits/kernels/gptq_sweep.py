@@ -9,24 +9,17 @@ step. Rows are independent: the result does not depend on how they are split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 
-from fewbits.kernels.compiling import ROUNDING, Array
 from fewbits.kernels.far_products import KEPT, add_far, keep_columns
-from fewbits.kernels.feedback import PANEL, Feedback, lay_columns, over_runs
 from fewbits.kernels.lane_columns import GRID_ROWS, HIGH, INVERSE, LOSS, LOW, SCALE, sweep_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
 from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
-from fewbits.schemes import Scheme
-from fewbits.search import Search
 
-STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # What is known of each row's group beyond its grid (lane_columns): the range, and the best grid so far.
 LOWEST, HIGHEST, WIDE, NARROW, LEAST, BEST, BEST_ZERO = range(GRID_ROWS, GRID_ROWS + 7)
 LANE_ROWS = GRID_ROWS + 7
@@ -129,108 +122,70 @@ def _find_grid(
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _take_grid(lanes: Any, top_code: Any, scales: Any, zeros: Any) -> None:
-    """The grids of a group that are given, those of up to ROWS rows."""
-    for lane in range(len(scales)):
-        lanes[SCALE, lane] = scales[lane]
-        lanes[LOW, lane] = -np.float32(zeros[lane])
-        lanes[HIGH, lane] = top_code + lanes[LOW, lane]
+def _take_grid(lanes: Any, top_code: Any, grid: Any) -> None:
+    """A grid that is given: each row's scale and zero point, [2, ROWS]."""
+    for lane in range(ROWS):
+        lanes[SCALE, lane] = grid[0, lane]
+        lanes[LOW, lane] = -grid[1, lane]
+        lanes[HIGH, lane] = top_code - grid[1, lane]
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _missed(columns: Any, chosen: Any, lanes: Any) -> None:
-    """Take off columns [n, ROWS] what their codes stand for."""
+def _take_off(columns: Any, coded: Any, lanes: Any, codes: Any) -> None:
+    """Take off columns [n, ROWS] what their codes stand for, and keep these as bytes."""
     for j in range(len(columns)):
         for lane in range(ROWS):
-            columns[j, lane] -= (chosen[j, lane] + lanes[LOW, lane]) * lanes[SCALE, lane]
+            columns[j, lane] -= (coded[j, lane] + lanes[LOW, lane]) * lanes[SCALE, lane]
+            codes[j, lane] = np.uint8(np.int32(coded[j, lane]))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _sweep(
-    W: Any, order: Any, far: Any, inverse: Any, group: Any, step: Any, factors: Any, symmetric: Any, top_code: Any,
-    dropped: Any, smallest: Any, most: Any, scales: Any, zeros: Any, codes: Any, losses: Any, missed: Any,
-    begin_run: Any, end_run: Any,
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def sweep_panel(
+    feedback: Any, group: Any, step: Any, candidates: Any, top_code: Any, panels: Any, grids: Any, codes: Any,
+    missed: Any, losses: Any,
 ) -> None:  # fmt: skip
-    """Sweep runs of ROWS rows, those numbered begin_run to end_run."""
-    rows, width = W.shape
-    stride, block = np.int64(far.strides[0]), inverse.shape[1]
-    together = min(max(1, PANEL // (ROWS * width)), end_run - begin_run)
-    panels, kept = np.empty((together, width, ROWS), np.float32), np.empty((together, far.shape[1], ROWS), KEPT)
-    columns, errors = np.empty((block, ROWS), np.float32), np.empty((block, ROWS), np.float32)
-    local, chosen = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
-    lanes = np.ones((LANE_ROWS, ROWS), np.float32)
-    begin()
-    for panel in range(begin_run, end_run, together):
-        runs = min(together, end_run - panel)
-        kept[:] = 0
-        for run in range(runs):
-            lay_columns(W[(panel + run) * ROWS : (panel + run + 1) * ROWS], order, panels[run])
-        for top in range(0, width, block):
-            count, factor = min(block, width - top), inverse[top // block]
-            for run in range(runs):
-                first = (panel + run) * ROWS
-                number_of_rows = min(ROWS, rows - first)
-                own = panels[run, top : top + count]
-                columns[:count] = own
-                matrix = far.ctypes.data + top * stride
-                add_far(matrix, stride, kept[run].ctypes.data, top, columns.ctypes.data, count)
-                for start in range(0, count, step):
-                    stop = min(start + step, count)
-                    number = order[top + start] // group
-                    if len(factors) > 0:
-                        _find_grid(
-                            columns[start:stop], local[: stop - start], factor, start, factors, symmetric, top_code,
-                            dropped, smallest, most, lanes, chosen, errors[start:stop],
-                        )  # fmt: skip
-                        for lane in range(number_of_rows):
-                            scales[first + lane, number] = lanes[SCALE, lane]
-                            zeros[first + lane, number] = np.uint8(np.int32(-lanes[LOW, lane]))
-                    else:
-                        grids = slice(first, first + number_of_rows)
-                        _take_grid(lanes, top_code, scales[grids, number], zeros[grids, number])
-                    _sweep_group(columns[start:stop], factor, start, lanes, chosen, errors[start:stop])
-                    rest = columns.ctypes.data + stop * COLUMN_BYTES
-                    _push(factor, stop, count, start, stop - start, errors[start:].ctypes.data, rest)
-                    _missed(own[start:stop], chosen, lanes)
-                    for lane in range(number_of_rows):
-                        losses[first + lane] += np.float64(lanes[LOSS, lane])
-                        for j in range(stop - start):
-                            codes[first + lane, order[top + start + j]] = np.uint8(np.int32(chosen[j, lane]))
-                keep_columns(own, kept[run, top:].ctypes.data)
-                keep_columns(errors[:count], missed[panel + run, top:].ctypes.data)
-    end()
-
-
-def sweep_rows(
-    W: torch.Tensor,
-    order: torch.Tensor,
-    feedback: Feedback,
-    scheme: Scheme,
-    scale_dtype: torch.dtype,
-    candidates: Search | None,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, Array]:
-    """Choose the codes of rows, and for each group of each row the grid among the candidates.
+    """Sweep runs of 32 rows, panels [runs, K, ROWS], to W − Ŵ in their place.
 
     Args:
-        W: fp32 [N, K]. order: int64 [K], channels as they are swept; those of a group come together.
-        feedback: of H, its channels in `order`, for the scheme's groups.
-        candidates: grids that are tried; None takes `scales` and `zeros` as they come.
-        scales, zeros: fp32 and uint8 [N, G], written where there are candidates.
-
-    Returns:
-        Codes uint8 [N, K]; each row's loss, the sum of its squared errors (w − ŵ) / U_jj, fp64 [N]; and these errors,
-        32 rows side by side, as `far_products` multiplies them.
+        feedback: the arrays `far` and `inverse` of one. group: columns that share a scale. step: those that are swept
+            with each candidate before the next ones.
+        candidates: (factors of the range, symmetric, *what `stored_scale` takes); without factors `grids` are given.
+        grids: fp32 [runs, groups, 2, ROWS], scales and zero points, written where there are candidates.
+        codes: uint8 [runs, K, ROWS], written. missed: KEPT [runs, more than K, ROWS], zeros: errors over U's diagonal,
+            written. losses: fp64 [runs, ROWS], added to.
     """
-    codes, losses = torch.empty(W.shape, dtype=torch.uint8), torch.zeros(len(W), dtype=torch.float64)
-    errors = np.zeros((-(-len(W) // ROWS), feedback.far.shape[1], ROWS), KEPT)
-    factors: Sequence[float] = () if candidates is None else candidates.factors()
-    given = (
-        W.contiguous().numpy(), order.numpy(), feedback.far, feedback.inverse, scheme.group_size or W.shape[1],
-        scheme.group_size or feedback.block, np.array(factors, np.float32), scheme.symmetric,
-        np.float32(scheme.largest_code), *ROUNDING[STORED[scale_dtype]], scales.numpy(), zeros.numpy(), codes.numpy(),
-        losses.numpy(), errors,
-    )  # fmt: skip
-    over_runs(len(W), W.shape[1], lambda begin, end: _sweep(*given, begin, end))
-    return codes, losses, errors
+    far, inverse = feedback
+    factors, symmetric, dropped, smallest, most = candidates
+    runs, width, _ = panels.shape
+    stride, block = np.int64(far.strides[0]), inverse.shape[1]
+    kept = np.zeros((runs, far.shape[1], ROWS), KEPT)
+    columns, errors = np.empty((block, ROWS), np.float32), np.empty((block, ROWS), np.float32)
+    local, coded = np.empty((step, ROWS), np.float32), np.empty((step, ROWS), np.float32)
+    lanes = np.ones((LANE_ROWS, ROWS), np.float32)
+    begin()
+    for top in range(0, width, block):
+        count, factor = min(block, width - top), inverse[top // block]
+        for run in range(runs):
+            own = panels[run, top : top + count]
+            columns[:count] = own
+            matrix = far.ctypes.data + top * stride
+            add_far(matrix, stride, kept[run].ctypes.data, top, columns.ctypes.data, count)
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                grid = grids[run, (top + start) // group]
+                if len(factors) > 0:
+                    _find_grid(
+                        columns[start:stop], local[: stop - start], factor, start, factors, symmetric, top_code,
+                        dropped, smallest, most, lanes, coded, errors[start:stop],
+                    )  # fmt: skip
+                    grid[0], grid[1] = lanes[SCALE], -lanes[LOW]
+                else:
+                    _take_grid(lanes, top_code, grid)
+                _sweep_group(columns[start:stop], factor, start, lanes, coded, errors[start:stop])
+                rest = columns.ctypes.data + stop * COLUMN_BYTES
+                _push(factor, stop, count, start, stop - start, errors[start:].ctypes.data, rest)
+                _take_off(own[start:stop], coded, lanes, codes[run, top + start : top + stop])
+                losses[run] += lanes[LOSS]
+            keep_columns(own, kept[run, top:].ctypes.data)
+            keep_columns(errors[:count], missed[run, top:].ctypes.data)
+    end()

@@ -13,13 +13,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fewbits.kernels.lane_products import COLUMN_BYTES
-from fewbits.kernels.lanes import F32, I32, I64, LANES, Sums, call, constant, load, multiply_add, spread
+from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS
+from fewbits.kernels.lanes import F32, I8, I32, I64, LANES, Sums, call, constant, load, multiply_add, spread
 
 # What is known of each row's grid, ROWS numbers each, one after the other.
 SCALE, INVERSE, LOW, HIGH, LOSS = range(5)
 GRID_ROWS = 5
 WORDS = ir.VectorType(I32, LANES)
+BYTES = ir.VectorType(I8, LANES)
 HALVES = range(2)
 
 
@@ -107,9 +108,10 @@ def _sweep(
 def descend_columns(count: int) -> Callable[..., Any]:
     """An intrinsic (gradients, H, stride, scales, codes, misses, steps, gain, top): choose columns' codes anew.
 
-    gradients, scales, codes, misses: the addresses of columns [count, ROWS], of which codes and misses are changed.
-    H: that of their block, rows `stride` bytes apart. steps: columns, written: by how much decoded weights grew. gain:
-    a column, added to: by how much each row's loss fell. top: the largest code. Returns 0 if no code changed.
+    gradients, misses: the addresses of columns [count, ROWS]; codes: that of bytes, changed as misses are. scales: that
+    of a column, the rows' scales. H: that of their block, rows `stride` bytes apart. steps: columns, written: by how
+    much decoded weights grew. gain: a column, added to: by how much each row's loss fell. top: the largest code.
+    Returns 0 if no code changed.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -125,32 +127,37 @@ def descend_columns(count: int) -> Callable[..., Any]:
     return descended  # type: ignore[no-any-return]
 
 
+def _code_places(builder: Any, codes: Any, column: int) -> list[Any]:
+    return [builder.add(codes, ir.Constant(I64, column * ROWS + half * LANES)) for half in HALVES]
+
+
 def _descend(
     builder: Any, count: int, gradients: Any, H: Any, stride: Any, scales: Any, codes: Any, misses: Any, steps: Any,
     gain: Any, top: Any,
 ) -> Any:  # fmt: skip
-    top, nothing = spread(builder, top), constant(0.0)
+    top, nothing, one = spread(builder, top), constant(0.0), constant(1.0)
     columns = [_column(builder, gradients, column) for column in range(count)]
-    gained = _column(builder, gain, 0)
+    gained, scale = _column(builder, gain, 0), _column(builder, scales, 0)
+    inverse = [builder.fdiv(one, each) for each in scale]
     moved = [ir.Constant(WORDS, None)] * 2
     for column in range(count):
         curvature = _number(builder, H, stride, column, column)
         flat = spread(builder, builder.fdiv(ir.Constant(F32, 1.0), curvature))
         curvature = spread(builder, curvature)
-        scale, code, miss = (_column(builder, address, column) for address in (scales, codes, misses))
-        wanted, taken = [], []
-        for half in HALVES:
-            pull = columns[column][half]
-            steps_away = _nearest(builder, builder.fdiv(builder.fmul(pull, flat), scale[half]))
-            wanted.append(_clamped(builder, builder.fadd(code[half], steps_away), nothing, top))
-            change = builder.fsub(wanted[half], code[half])
+        miss = _column(builder, misses, column)
+        taken = []
+        for half, place in enumerate(_code_places(builder, codes, column)):
+            pull, code = columns[column][half], builder.uitofp(load(builder, place, BYTES), Sums.vector)
+            steps_away = _nearest(builder, builder.fmul(builder.fmul(pull, flat), inverse[half]))
+            wanted = _clamped(builder, builder.fadd(code, steps_away), nothing, top)
+            builder.store(builder.fptoui(wanted, BYTES), builder.inttoptr(place, BYTES.as_pointer()), align=1)
+            change = builder.fsub(wanted, code)
             moved[half] = builder.or_(moved[half], builder.bitcast(change, WORDS))
             step = builder.fmul(change, scale[half])
             taken.append(step)
             miss[half] = builder.fsub(miss[half], step)
             slope = multiply_add(builder, builder.fneg(step), curvature, builder.fadd(pull, pull))
             gained[half] = multiply_add(builder, step, slope, gained[half])
-        _store(builder, codes, column, wanted)
         _store(builder, misses, column, miss)
         _store(builder, steps, column, taken)
         _push(builder, H, stride, column, taken, columns)

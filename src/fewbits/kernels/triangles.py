@@ -16,15 +16,14 @@ from numba import carray, njit
 
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products, subtract_products
-from fewbits.kernels.lanes import LANES
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
-from fewbits.kernels.turned import turn_words
+from fewbits.kernels.turned import turn_rows
 
 # Panels of an inverse that are computed before they are written over what they are computed from.
 PANELS = 32
 # The fields of a block. FIRST is the column or the panel that a step begins at, SCRATCH what it leaves for the next.
-H_AT, ADDED, M_AT, SIZE, INVERSES_AT, FIRST, SCRATCH_AT, FAILED_AT = range(OWN, OWN + 8)
+H_AT, PLACES_AT, DIAGONAL_AT, ADDED, M_AT, SIZE, INVERSES_AT, FIRST, SCRATCH_AT, FAILED_AT = range(OWN, OWN + 10)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -65,24 +64,18 @@ def _factor_small(block: Any, width: Any, inverse: Any) -> Any:
     return True
 
 
-def _reverse(address: Any, start: Any, stop: Any) -> None:
-    """Rows of M: those of H from the other end, and what is added to its diagonal."""
+def _arrange(address: Any, start: Any, stop: Any) -> None:
+    """Rows of M's lower triangle: those of H in another order, with another diagonal."""
     block = carray(pointer_to(address), (WORDS,), np.int64)
     size = block[SIZE]
     H, M = _matrix(block[H_AT], size, size), _matrix(block[M_AT], size, size)
+    places, diagonal = carray(pointer_to(block[PLACES_AT]), (size,), np.int64), _matrix(block[DIAGONAL_AT], 1, size)
     added = _matrix(address + 8 * ADDED, 1, 1)[0, 0]
     for row in range(start, stop):
-        for column in range(size):
-            M[row, column] = H[size - 1 - row, size - 1 - column]
-        M[row, row] += added
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _turn(rows: Any, stride: Any, columns: Any, count: Any) -> None:
-    """32 rows of `count` numbers at an address, a multiple of 16 of them, to columns of 32 at another."""
-    for j in range(0, count, LANES):
-        for lane in range(0, ROWS, LANES):
-            turn_words(rows + lane * stride + 4 * j, stride, columns + j * COLUMN_BYTES + 4 * lane, COLUMN_BYTES)
+        given = H[places[row]]
+        for column in range(row):
+            M[row, column] = given[places[column]]
+        M[row, row] = diagonal[0, row] + added
 
 
 def _factor_diagonal(address: Any, start: Any, stop: Any) -> None:
@@ -96,7 +89,8 @@ def _factor_diagonal(address: Any, start: Any, stop: Any) -> None:
     inverse = _matrix(block[INVERSES_AT] + first * COLUMN_BYTES, ROWS, ROWS)
     width = min(ROWS, size - first)
     if width == ROWS:
-        _turn(block[M_AT] + 4 * first * size, 4 * size, left.ctypes.data, first)
+        line = np.int64(COLUMN_BYTES)
+        turn_rows(block[M_AT] + 4 * first * size, 4 * size, left.ctypes.data, line, np.int64(ROWS), first)
     else:
         for lane in range(width):
             for j in range(first):
@@ -199,7 +193,7 @@ def _mirror(address: Any, start: Any, stop: Any) -> None:
 _WORK = {
     work.__name__: work
     for work in (
-        _reverse, _factor_diagonal, _factor_below, _invert_diagonal, _invert_panel, _write_panel, _mirror,
+        _arrange, _factor_diagonal, _factor_below, _invert_diagonal, _invert_panel, _write_panel, _mirror,
     )
 }  # fmt: skip
 
@@ -214,21 +208,24 @@ def _inverses(size: int) -> Array:
     return np.zeros((-(-size // ROWS), ROWS, ROWS), np.float32)
 
 
-def factor_in(H: torch.Tensor, added: float, out: torch.Tensor) -> bool:
-    """Write lower triangular L with L Lᵀ = J (H + added · 1) J, J the reversal of rows; False where there is none.
+def factor_in(H: torch.Tensor, order: torch.Tensor, diagonal: torch.Tensor, added: float, out: torch.Tensor) -> bool:
+    """Write lower triangular L with L Lᵀ = J (H' + added · 1) J, J the reversal of rows; False where there is none.
 
     Args:
-        H: symmetric fp32 [K, K]. out: fp32 [K, K], contiguous.
+        H: symmetric fp32 [K, K]; H' has its channels in `order`, int64 [K], and `diagonal`, fp32 [K], for its own.
+        out: fp32 [K, K], contiguous.
     """
     H = H.contiguous()
     size = len(H)
+    places, diagonal = order.flip(0), diagonal.flip(0)
     inverses, failed, scratch = _inverses(size), np.zeros(1, np.int64), np.empty((size, ROWS), np.float32)
     fixed = {
-        H_AT: H.data_ptr(), ADDED: int(np.float32(added).view(np.uint32)), M_AT: out.data_ptr(), SIZE: size,
+        H_AT: H.data_ptr(), PLACES_AT: places.data_ptr(), DIAGONAL_AT: diagonal.data_ptr(),
+        ADDED: int(np.float32(added).view(np.uint32)), M_AT: out.data_ptr(), SIZE: size,
         INVERSES_AT: inverses.ctypes.data, SCRATCH_AT: scratch.ctypes.data, FAILED_AT: failed.ctypes.data,
     }  # fmt: skip
-    work = {name: Work(_compiled(name), fixed) for name in ("_reverse", "_factor_diagonal", "_factor_below")}
-    steps: list[Array] = [work["_reverse"].step(size, {})]
+    work = {name: Work(_compiled(name), fixed) for name in ("_arrange", "_factor_diagonal", "_factor_below")}
+    steps: list[Array] = [work["_arrange"].step(size, {})]
     for first in range(0, size, ROWS):
         steps.append(work["_factor_diagonal"].step(1, {FIRST: first}))
         if first + ROWS < size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from fewbits.kernels.lanes import I64, LANES, IntSums, indices, load
@@ -44,3 +44,11 @@ def turn_words(typing_context: Any, source: Any, stride: Any, target: Any, targe
         return context.get_dummy_value()
 
     return types.none(*[types.int64] * 4), generate
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def turn_rows(rows: Any, stride: Any, columns: Any, column_stride: Any, height: Any, count: Any) -> None:
+    """Rows of `count` words at an address to columns of `height` at another; multiples of 16, strides in bytes."""
+    for j in range(0, count, LANES):
+        for i in range(0, height, LANES):
+            turn_words(rows + i * stride + 4 * j, stride, columns + j * column_stride + 4 * i, column_stride)

@@ -32,7 +32,7 @@ class _Coupled:
     def __init__(self, rows: torch.Tensor, G: torch.Tensor, first: int, damping: float) -> None:
         order = G.diagonal().argsort(descending=True, stable=True)
         self.places = order + first
-        self._U = inverse_factor(G[order][:, order], damping)
+        self._U = inverse_factor(G, damping, order=order)
         self._targets = rows[order].float()
 
     def targets(self, begin: int) -> torch.Tensor:

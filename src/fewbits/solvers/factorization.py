@@ -30,31 +30,45 @@ class Factor:
     trouble: str | None
 
 
-def factor_of(H: torch.Tensor, damping: float = DAMPING, memory: torch.Tensor | None = None) -> Factor | None:
+def factor_of(
+    H: torch.Tensor,
+    damping: float = DAMPING,
+    memory: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    diagonal: torch.Tensor | None = None,
+) -> Factor | None:
     """Factor a symmetric, nearly positive semidefinite H [K, K]; None if nothing helps.
 
     Damps by the mean of the diagonal, ten times more on each failure; then in fp64; then with floored eigenvalues.
 
     Args:
         memory: fp32 [K, K] that is written over and that L lies in, in place of new memory.
+        order: int64 [K], H's channels as they are to be factored. diagonal: fp32 [K], in that order, for H's own.
     """
-    mean = H.diagonal().mean().item()
+    order = torch.arange(len(H)) if order is None else order
+    diagonal = H.diagonal()[order] if diagonal is None else diagonal
+    mean = diagonal.mean().item()
     if not mean > 0:
         return None
     for step in range(DAMPING_STEPS):
         added = damping * 10**step * mean
         L = torch.empty_like(H, memory_format=torch.contiguous_format) if memory is None else memory
-        if factor_in(H, added, L) and _all_finite(L):
+        if factor_in(H, order, diagonal, added, L) and _all_finite(L):
             return Factor(L, added, None if step == 0 else f"damping {damping * 10**step:g} of the mean diagonal")
+    wide = H[order][:, order].double()
+    wide.diagonal().copy_(diagonal)
     with one_thread():
-        return _factor_fp64(H.double(), damping * mean)
+        return _factor_fp64(wide, damping * mean)
 
 
 def inverse_factor(
-    H: torch.Tensor, damping: float = DAMPING, memory: torch.Tensor | None = None
+    H: torch.Tensor,
+    damping: float = DAMPING,
+    memory: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """U fp32 [K, K], upper triangular, with H⁻¹ = Uᵀ U of the damped H; as `factor_of` damps it."""
-    factor = factor_of(H, damping, memory)
+    """U fp32 [K, K], upper triangular, with H⁻¹ = Uᵀ U of the damped H; as `factor_of` orders and damps it."""
+    factor = factor_of(H, damping, memory, order)
     if factor is None:
         return None
     U = invert_in(factor.L).T

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from fewbits.drift import Drift
+from fewbits.kernels.curvature import curvature_of
 from fewbits.kernels.feedback import feedback_of
 from fewbits.schemes import Scheme
 from fewbits.solvers.coupled import solve_in_turn
@@ -27,8 +28,6 @@ from fewbits.solvers.solution import Solution, joined, part_of
 
 # Rows solved at a time, at least.
 SOME_ROWS = 128
-# Rows of H put in order at a time.
-PANEL = 512
 # Weights of the rows solved at a time: each step of the way has a copy of them in fp32.
 ROW_NUMBERS = 1 << 22
 
@@ -61,18 +60,19 @@ def solve(
     order = _order(living, scheme.group_size or K) if options.ordered else torch.arange(K)
     target = None if drift is None else drifted_targets(W, H, drift, parts, keep=keep_gram)
     spare = None if keep_gram or drift is None or drift.of_outputs else drift.matrix
-    turned = _turned(H, order, spare)
-    turned.diagonal().copy_(living[order])
-    factor = factor_of(turned, options.damping, None if keep_gram else H)
+    diagonal = living[order]
+    factor = factor_of(H, options.damping, spare, order, diagonal)
     damping, trouble = (0.0, None) if factor is None else (factor.damping, factor.trouble)
     feedback = None if factor is None else feedback_of(factor.L, scheme.group_size)
     del factor
-    if not keep_gram:
-        _let_go(H)
-    solver = RowSolver(turned, feedback, damping, trouble, order, seen, living, scheme, scale_dtype, options)
-    del turned
     if spare is not None:
         _let_go(spare)
+    # A doctored factor belongs to another H than this, by which steps could go astray.
+    is_of_H = feedback is not None and trouble is None
+    curvature = curvature_of(H, order, diagonal + damping) if is_of_H else None
+    if not keep_gram and is_of_H:
+        _let_go(H)
+    solver = RowSolver(H, feedback, curvature, damping, trouble, order, seen, living, scheme, scale_dtype, options)
     if feedback is None or not couplings:
         return joined(
             [solver.solution(W[part].float(), None if target is None else target[part].float()) for part in parts]
@@ -85,14 +85,6 @@ def solve(
 def _let_go(spent: torch.Tensor) -> None:
     """Free the memory of a tensor that its owner has no more use for."""
     spent.data = spent.new_empty(0)
-
-
-def _turned(H: torch.Tensor, order: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
-    """H with its channels in `order`, a panel at a time: matrices this large set the peak memory of a whole run."""
-    turned = torch.empty_like(H) if memory is None else memory.view_as(memory)
-    for start in range(0, len(H), PANEL):
-        turned[start : start + PANEL] = H[order[start : start + PANEL]][:, order]
-    return turned
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from fewbits.solvers.factorization import DAMPING
 # Of scales that are fixed beforehand, by rounding errors weighted with diag(H).
 DEFAULT_SEARCH = Search(steps=31, narrowest=0.8, power=2)
 # Of scales that are tried by sweeping: each candidate costs a sweep of its group.
-SWEPT_SEARCH = Search(steps=11, narrowest=0.8)
+SWEPT_SEARCH = Search(steps=8, narrowest=0.8)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class GptqOptions:
     ordered: bool = True
     search: Search = DEFAULT_SEARCH
     swept: Search | None = SWEPT_SEARCH
-    passes: int = 3
+    passes: int = 2
     damping: float = DAMPING
     coupling_damping: float = coupled.DAMPING
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from fewbits.kernels.curvature import curvature_of
+from fewbits.kernels.curvature import Curvature
 from fewbits.kernels.feedback import Feedback, norms
 from fewbits.kernels.quadratic import quadratic, squares
 from fewbits.kernels.rounding import search_grid
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
 from fewbits.search import Search
-from fewbits.solvers.descent import descend
+from fewbits.solvers.compensated import compensated
 from fewbits.solvers.gptq_options import GptqOptions
 from fewbits.solvers.solution import Grid, Solution
-from fewbits.solvers.sweep import sweep
 
-# Rows compared with plain rounding; only if one of them came out worse, all are.
-SAMPLED_ROWS = 64
+# Rows compared with plain rounding are one of so many, and no fewer than so many; only if one came out worse, all are.
+SAMPLED, FEWEST_SAMPLED = 64, 16
 
 
 class RowSolver:
@@ -25,8 +24,9 @@ class RowSolver:
 
     def __init__(
         self,
-        turned: torch.Tensor,
+        H: torch.Tensor,
         feedback: Feedback | None,
+        curvature: Curvature | None,
         damping: float,
         trouble: str | None,
         order: torch.Tensor,
@@ -39,27 +39,22 @@ class RowSolver:
         """Take what one H says.
 
         Args:
-            turned: H, its channels in `order`, as it was factored; written over. feedback: of its factor, if any.
+            H: by which losses are told where there is no curvature. feedback: of its factor, if any.
+            curvature: of the H that was factored, unless that was doctored.
             damping, trouble: what it took to factor H (`Factor`).
             seen: H's diagonal. living: that which was factored.
         """
         self._order, self._living = order, living
         self._scheme, self._scale_dtype, self._options = scheme, scale_dtype, options
-        self._feedback = feedback
+        self._feedback, self._curvature = feedback, curvature
+        self._H = H if curvature is None else None
+        # What losses are told by has on its diagonal beyond H.
+        self._added = torch.zeros_like(seen) if curvature is None else living - seen + damping
         self._notes: tuple[tuple[str, str], ...] = ()
-        # What `turned` has on its diagonal beyond H.
-        self._added = living - seen
         if feedback is None:
             self._notes = (("rounded plainly", "its statistic cannot be factored"),)
         elif trouble is not None:
             self._notes = (("solved with a doctored statistic", trouble),)
-        else:
-            turned.diagonal().add_(damping)
-            self._added = self._added + damping
-        # A doctored factor belongs to another H than this, by which steps could go astray.
-        is_of_turned = feedback is not None and trouble is None
-        self._curvature = curvature_of(turned) if is_of_turned else None
-        self._turned = None if is_of_turned else turned
 
     def solution(self, W: torch.Tensor, target: torch.Tensor | None = None) -> Solution:
         """The solution of rows fp32 [n, K] that comes close to `target` (W if None), with what it lost of W."""
@@ -69,7 +64,7 @@ class RowSolver:
         solved, loss, missed = self._compensated(aim, self._feedback)
         if self._restore_worse_rows(aim, solved) or target is not None:
             return self.judged(W, solved)
-        return self.judged(W, solved, missed, loss if self._turned is None else None)
+        return self.judged(W, solved, missed, None if self._curvature is None else loss)
 
     def choose_few(self, W: torch.Tensor) -> tuple[Grid, torch.Tensor]:
         """Codes of a few rows, and what they miss of W, fp32 [n, K].
@@ -79,7 +74,7 @@ class RowSolver:
         assert self._feedback is not None
         solved, _, missed = self._compensated(W, self._feedback)
         restored = self._scheme.bits < 4 and self._restore_worse_rows(W, solved)
-        return solved, W - decode_codes(*solved, self._scheme) if missed is None or restored else missed
+        return solved, W - decode_codes(*solved, self._scheme) if restored else missed
 
     def judged(
         self, W: torch.Tensor, solved: Grid, missed: torch.Tensor | None = None, damped_loss: torch.Tensor | None = None
@@ -102,19 +97,16 @@ class RowSolver:
             notes=self._notes,
         )  # fmt: skip
 
-    def _compensated(self, W: torch.Tensor, feedback: Feedback) -> tuple[Grid, torch.Tensor, torch.Tensor | None]:
-        """Codes, each row's loss, and W − Ŵ where it is known."""
-        scheme, options = self._scheme, self._options
-        solved, loss, errors = sweep(W, feedback, self._order, self._living, scheme, self._scale_dtype, options)
-        if self._curvature is None or options.passes == 0:
-            return solved, loss, None
-        gained, missed = descend(W, solved, errors, self._curvature, feedback, self._order, scheme, options.passes)
-        return solved, loss - gained, missed
+    def _compensated(self, W: torch.Tensor, feedback: Feedback) -> tuple[Grid, torch.Tensor, torch.Tensor]:
+        """Codes, each row's loss by the H that was factored, and W − Ŵ."""
+        return compensated(
+            W, feedback, self._curvature, self._order, self._living, self._scheme, self._scale_dtype, self._options
+        )  # fmt: skip
 
     def _damped_losses(self, rows: torch.Tensor) -> torch.Tensor:
-        """The diagonal of rows · H · rowsᵀ by H as it was factored, or by that of `turned`, fp64 [n]."""
-        if self._turned is not None:
-            return quadratic(rows, self._order, self._turned)
+        """The diagonal of rows · H · rowsᵀ by H as it was factored, or as it is if that was doctored, fp64 [n]."""
+        if self._H is not None:
+            return quadratic(rows, torch.arange(len(self._H)), self._H)
         assert self._feedback is not None
         return norms(rows, self._order, self._feedback)
 
@@ -127,7 +119,7 @@ class RowSolver:
 
     def _restore_worse_rows(self, W: torch.Tensor, solved: Grid) -> bool:
         """Round plainly, in place, the rows that came out worse than that by H: at 2 bits some do. Says whether any."""
-        rows = torch.arange(0, len(W), max(1, len(W) // SAMPLED_ROWS))
+        rows = torch.arange(0, len(W), max(1, min(SAMPLED, len(W) // FEWEST_SAMPLED)))
         while True:
             codes, scales, zeros = (None if part is None else part[rows] for part in solved)
             assert codes is not None and scales is not None
