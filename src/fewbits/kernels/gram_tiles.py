@@ -22,6 +22,7 @@ from fewbits.kernels.matrix_sums import add_matrices, begin, end
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.packed_pairs import pack_pairs
+from fewbits.kernels.panel_lanes import add_panel
 from fewbits.kernels.strips import STRIP, add_strip
 from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
 from fewbits.kernels.turned import turn_words
@@ -59,8 +60,7 @@ def _add_in_matrices(left: Any, right: Any, pairs: Any, sums: Any, row: Any, col
         return False
     if begin + TILE <= width:
         for r in range(min(TILE, height - top)):
-            for c in range(TILE):
-                sums[top + r, begin + c] += scratch[r, c]
+            add_panel(scratch[r].ctypes.data, sums[top + r, begin:].ctypes.data)
         return True
     for r in range(min(TILE, height - top)):
         for c in range(min(TILE, width - begin)):

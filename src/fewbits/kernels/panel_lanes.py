@@ -108,3 +108,19 @@ def largest_of(panel_of: Callable[[Any, Any, Any], list[Any]]) -> Callable[..., 
         return types.float32(types.int64, types.int64), generate
 
     return largest  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_panel(typing_context: Any, numbers: Any, sums: Any) -> Any:
+    """PANEL fp32 numbers at an address added to those at another."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        both = []
+        for half in range(PANEL // LANES):
+            numbers, sums = (builder.add(address, ir.Constant(I64, 4 * LANES * half)) for address in arguments)
+            both.append((builder.fadd(load(builder, sums, Sums.vector), load(builder, numbers, Sums.vector)), sums))
+        for total, place in both:
+            builder.store(total, builder.inttoptr(place, Sums.vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), generate
