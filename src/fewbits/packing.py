@@ -40,6 +40,8 @@ def _rows_at_a_time(columns: int) -> int:
 
 def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = codes.shape
+    if 8 % bits == 0:
+        return _packed_bytes(codes, bits)
     # The pattern of fields and words repeats after `period` fields, which fill `words` words exactly.
     period = 32 // math.gcd(32, bits)
     words = period * bits // 32
@@ -56,6 +58,18 @@ def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return _signed_words(stream)
 
 
+def _packed_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Where no field crosses bytes: a word's bytes lie in memory from the least significant one upward."""
+    rows, columns = codes.shape
+    fields = 8 // bits
+    packed = torch.zeros((rows, words_for(columns, bits)), dtype=torch.int32, device=codes.device)
+    as_bytes = packed.view(torch.uint8)
+    for field in range(fields):
+        own = codes[:, field::fields]
+        as_bytes[:, : own.shape[1]] |= own << (field * bits)
+    return packed
+
+
 def _signed_words(words: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
@@ -67,6 +81,8 @@ def unpack_rows(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 def _unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     rows = words.shape[0]
+    if 8 % bits == 0:
+        return _unpacked_bytes(words, bits, columns)
     period = 32 // math.gcd(32, bits)
     per_period = period * bits // 32
     count = -(-words.shape[1] // per_period)
@@ -81,6 +97,12 @@ def _unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
             field = field | (wide[:, :, word + 1] << (32 - shift))
         codes[:, :, index] = (field & (2**bits - 1)).to(torch.uint8)
     return codes.view(rows, -1)[:, :columns].contiguous()
+
+
+def _unpacked_bytes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    packed = words.to(torch.int32).contiguous().view(torch.uint8)
+    codes = [packed >> field & 2**bits - 1 for field in range(0, 8, bits)]
+    return torch.stack(codes, -1).flatten(1)[:, :columns].contiguous()
 
 
 def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
