@@ -1,7 +1,7 @@
 """One run of GPTQModel's GPTQ, in an environment of its own: pip install --no-deps gptqmodel==7.7.0, then the packages
 that it imports.
 
-Usage: python bench/peers/gptqmodel.py MODEL OUT gptq --ids IDS.npy [--group-size 64] [--symmetric]
+Usage: python bench/peers/gptqmodel_model.py MODEL OUT gptq --ids IDS.npy [--group-size 64] [--symmetric]
 
 IDS: token ids int64 [samples, length], the same for all sides. Prints one JSON line: seconds of quantizing and of
 saving, peak resident bytes.
@@ -13,12 +13,7 @@ import argparse
 import json
 import os
 import resource
-import sys
 import time
-from pathlib import Path
-
-# This script has the package's name, and its folder comes first.
-sys.path = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
 
 # With fewer processors its pools of threads refuse to start; torch has as many threads as --threads says.
 os.cpu_count = lambda: 8
