@@ -100,7 +100,8 @@ def _unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 
 def _unpacked_bytes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    packed = words.to(torch.int32).contiguous().view(torch.uint8)
+    # A copy in any case: what counts as contiguous may still have any stride where a dimension is 1.
+    packed = torch.empty(words.shape, dtype=torch.int32, device=words.device).copy_(words).view(torch.uint8)
     codes = [packed >> field & 2**bits - 1 for field in range(0, 8, bits)]
     return torch.stack(codes, -1).flatten(1)[:, :columns].contiguous()
 

@@ -40,6 +40,20 @@ def test_rows_are_little_endian_streams_of_fields(case: tuple[int, torch.Tensor]
     assert torch.equal(unpack_rows(words, bits, codes.shape[1]), codes)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_come_in_any_layout_and_width(bits: int) -> None:
+    codes = torch.randint(2**bits, (5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    words = pack_rows(codes, bits)
+    unsigned = words.to(torch.int64) & 0xFFFFFFFF
+    assert torch.equal(unpack_rows(unsigned, bits, 7), codes)
+    for row in range(5):
+        # One row of a column-major matrix passes for contiguous, whatever its numbers' distance.
+        apart = torch.stack([words[row], words[row]], -1)[:, 0][None]
+        assert torch.equal(unpack_rows(apart, bits, 7), codes[row : row + 1])
+        assert torch.equal(unpack_rows(words[row].as_strided((1, 1), (1, 2)), bits, 1), codes[row : row + 1, :1])
+    assert unpack_rows(words[:, :0], bits, 0).shape == (5, 0)
+
+
 @settings(deadline=None)
 @given(code_rows())
 def test_columns_are_the_rows_of_the_transpose(case: tuple[int, torch.Tensor]) -> None:
