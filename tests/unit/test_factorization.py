@@ -34,6 +34,31 @@ def test_the_factor_is_upper_triangular_and_squares_to_the_inverse(width: int) -
     assert np.abs(L @ L.T - damped[::-1, ::-1]).max() < 1e-5 * np.abs(damped).max()
 
 
+@pytest.mark.parametrize("steps", [factorization.DAMPING_STEPS, 0])
+def test_channels_are_factored_in_the_order_and_with_the_diagonal_that_are_given(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without steps of damping only the rungs in fp64 are left.
+    monkeypatch.setattr(factorization, "DAMPING_STEPS", steps)
+    H = gram(70, 300)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    diagonal = H.diagonal()[order] + torch.linspace(0, 50, 70)
+    before = H.clone()
+    factor = factor_of(H, order=order, diagonal=diagonal)
+    assert factor is not None and torch.equal(H, before)
+    assert factor.damping == pytest.approx(0.01 * diagonal.mean().item())
+    wanted = H.double().numpy()[np.ix_(order.numpy(), order.numpy())]
+    np.fill_diagonal(wanted, diagonal.double().numpy() + factor.damping)
+    L = factor.L.double().numpy()
+    assert np.array_equal(L, np.tril(L))
+    assert np.abs(L @ L.T - wanted[::-1, ::-1]).max() < 1e-5 * np.abs(wanted).max()
+    U, M = inverse_factor(H, order=order), factor_of(H, order=order)
+    assert U is not None and M is not None
+    plain = wanted.copy()
+    np.fill_diagonal(plain, H.diagonal()[order].double().numpy() + M.damping)
+    assert np.abs(U.double().numpy().T @ U.double().numpy() @ plain - np.eye(70)).max() < 1e-3
+
+
 def test_a_singular_statistic_takes_the_usual_damping() -> None:
     factor = factor_of(gram(64, 3))
     assert factor is not None and factor.trouble is None
@@ -59,6 +84,8 @@ def test_the_last_rung_floors_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> No
     factor, inverse = factor_of(H), inverse_factor(H)
     assert factor is not None and factor.trouble == "eigenvalues floored"
     assert bool(torch.isfinite(factor.L).all()) and inverse is not None and bool(torch.isfinite(inverse).all())
+    M = factor.L.double().flip(0, 1)
+    torch.testing.assert_close(inverse.double() @ M, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 def test_nothing_but_zeros_has_no_factor() -> None:

@@ -94,4 +94,5 @@ def _lower_fp64(H: torch.Tensor, added: float) -> torch.Tensor | None:
     reversed_H = H.flip(0, 1)
     reversed_H.diagonal().add_(added)
     L, failed = torch.linalg.cholesky_ex(reversed_H)
-    return None if failed.item() or not _all_finite(L) else L.float()
+    # LAPACK leaves it column by column.
+    return None if failed.item() or not _all_finite(L) else L.float().contiguous()
