@@ -118,7 +118,7 @@ def show(report: Report) -> None:
         console.print(f"[yellow]note[/] {line}", highlight=False, soft_wrap=True)
     if report.calibration is not None:
         console.print(calibration_line(report), highlight=False, soft_wrap=True)
-    resumed = f" · {report.resumed_shards} shards were finished before" if report.resumed_shards else ""
+    resumed = f" · shards finished before: {report.resumed_shards}" if report.resumed_shards else ""
     before, after = report.plan.bytes_before, report.plan.bytes_after
     console.print(
         f"[bold]{report.out_dir}[/]: {bytes_text(before)} → {bytes_text(after)} ({before / after:.2f}× smaller, "
