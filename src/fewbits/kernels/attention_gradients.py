@@ -7,10 +7,10 @@ Source: FlashAttention-2, arXiv 2307.08691, equations of the backward pass.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from fewbits.kernels.attention_parts import (
     STRIP,
@@ -21,15 +21,15 @@ from fewbits.kernels.attention_parts import (
     padded,
     products,
 )
-from fewbits.kernels.compiling import SUMS, widen
+from fewbits.kernels.compiling import SUMS, entry, inner, widen
 from fewbits.kernels.matrix_sums import begin, end
-from fewbits.kernels.memory import as_bf16
+from fewbits.kernels.memory import as_bf16, copy_numbers
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.softmax_lanes import pull_key, pull_query
 from fewbits.kernels.threads import over_rows
 
 
-@njit(fastmath=SUMS, nogil=True)  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=SUMS)
 def _inner(out: Any, pull: Any, sample: Any, t: Any, head: Any) -> Any:
     total = np.float32(0.0)
     for i in range(out.shape[3]):
@@ -37,7 +37,7 @@ def _inner(out: Any, pull: Any, sample: Any, t: Any, head: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _pull_queries(
     query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: Any, logs: Any, out: Any, pull: Any,
     deltas: Any, to_query: Any, start: Any, stop: Any,
@@ -86,7 +86,7 @@ def _pull_queries(
     end()
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _pull_keys(
     query: Any, key: Any, value: Any, lows: Any, highs: Any, scale: Any, logs: Any, deltas: Any,
     pull: Any, to_key: Any, to_value: Any, start: Any, stop: Any,
@@ -111,7 +111,8 @@ def _pull_keys(
         key_sums[:] = np.float32(0.0)
         value_sums[:] = np.float32(0.0)
         for head in range(owner * shared, (owner + 1) * shared):
-            log[:length], delta[:length] = logs[sample, head], deltas[sample, head]
+            copy_numbers(log[:length], logs[sample, head])
+            copy_numbers(delta[:length], deltas[sample, head])
             copy_rows(query[sample, head], copied)
             pack_columns(copied.T, query_panels)
             pack_columns(copied, query_channels)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from fewbits.kernels import strips
+from fewbits.kernels.compiling import inlined, inner
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.matrix_sums import add_matrices
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
-from fewbits.kernels.memory import copy_bytes
+from fewbits.kernels.memory import copy_bytes, copy_numbers
 from fewbits.kernels.panel_lanes import PANEL
 
 # Rows of a strip.
@@ -26,13 +26,13 @@ _write_matrices, _add_matrices = add_matrices(PANEL, PANEL, False), add_matrices
 PANEL_BYTES = 4 * PANEL
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def padded(count: Any) -> Any:
     """Rounded up to whole panels."""
     return (count + PANEL - 1) // PANEL * PANEL
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@inner
 def copy_rows(rows: Any, copied: Any) -> Any:
     """Rows as left factors: bf16 [count, width] into [padded, padded]. Returns whether all are finite."""
     count, width = rows.shape
@@ -40,7 +40,7 @@ def copy_rows(rows: Any, copied: Any) -> Any:
         if rows.strides[1] == 2:
             copy_bytes(copied[t].ctypes.data, rows[t].ctypes.data, np.int64(2 * width))
         else:
-            copied[t, :width] = rows[t]
+            copy_numbers(copied[t, :width], rows[t])
         copied[t, width:] = np.uint16(0)
     copied[count:] = np.uint16(0)
     # Two numbers at once: an exponent of ones, which finite numbers don't have, carries into the sign's place.
@@ -50,7 +50,7 @@ def copy_rows(rows: Any, copied: Any) -> Any:
     return found & np.uint32(0x80008000) == 0
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@inner
 def pack_columns(matrix: Any, panels: Any) -> None:
     """Columns as right factors: bf16 [2 · pairs, PANEL · panels] into 32 bits [panels, pairs, PANEL]."""
     for panel in range(panels.shape[0]):
@@ -64,7 +64,7 @@ def pack_columns(matrix: Any, panels: Any) -> None:
 # Addresses are worked out by hand below: a slice costs as much as a short product.
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@inner
 def products(rows: Any, top: Any, panels: Any, first: Any, last: Any, out: Any) -> None:
     """out[:, first : last] = a strip of rows, from `top` on, · columns first to last, which end panels."""
     pairs, row_bytes, stride = panels.shape[1], np.int64(2 * rows.shape[1]), np.int64(4 * out.shape[1])
@@ -79,7 +79,7 @@ def products(rows: Any, top: Any, panels: Any, first: Any, last: Any, out: Any) 
             _add_strip(at, row_bytes, 4, right, pairs, sums, stride)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@inner
 def add_weighted(weights: Any, panels: Any, first: Any, last: Any, out: Any, top: Any) -> None:
     """A strip of out, from `top` on, += weights[:, first : last] (bf16) · the same rows of columns."""
     if first == last:
@@ -93,7 +93,7 @@ def add_weighted(weights: Any, panels: Any, first: Any, last: Any, out: Any, top
             _add_strip(at, row_bytes, 4, right, some, sums, stride)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@inner
 def hide(scores: Any, row: Any, low: Any, first: Any, stop: Any, high: Any) -> None:
     """No score from low to first and from stop to high: their weights come out as 1e-38, which bf16 sums don't see."""
     for t in range(low, first):

@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from fewbits.kernels.attention_parts import (
     STRIP,
@@ -22,6 +21,7 @@ from fewbits.kernels.attention_parts import (
     padded,
     products,
 )
+from fewbits.kernels.compiling import entry
 from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import as_bf16
 from fewbits.kernels.panel_lanes import PANEL
@@ -29,7 +29,7 @@ from fewbits.kernels.softmax_lanes import largest_score, weigh_scores
 from fewbits.kernels.threads import over_rows
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _attend(
     query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: Any, out: Any, logs: Any, start: Any, stop: Any
 ) -> None:

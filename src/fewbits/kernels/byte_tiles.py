@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.lanes import fetch
 from fewbits.kernels.memory import copy_bytes
 from fewbits.kernels.team import compiled_work
@@ -19,7 +20,7 @@ from fewbits.kernels.tile_rows import CODES_AT, ROW_BYTES, WORDS_OF_ROW, make_re
 from fewbits.kernels.tile_sums import BLOCK_ROWS, WORD_BYTES, tile_of
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _copy(fields: Any, row: Any, first: Any, last: Any, out_at: Any) -> None:
     """Words of a row, and ask for those that are copied next."""
     at, count = fields[CODES_AT] + row * fields[ROW_BYTES] + WORD_BYTES * first, WORD_BYTES * (last - first)

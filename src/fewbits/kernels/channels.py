@@ -6,10 +6,10 @@ vectors (kernels.weight_lanes) where the processor has them. docs/performance.md
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 
 from fewbits.kernels.compiling import (
     ROUNDING,
@@ -18,6 +18,8 @@ from fewbits.kernels.compiling import (
     as_bits,
     as_float,
     as_numpy,
+    entry,
+    inlined,
     kernel_input,
     magnitude_bits,
     miss,
@@ -52,7 +54,7 @@ SMALLEST_NORMAL = np.float32(2.0**-6)
 EXPONENT_SHIFT = np.uint32((127 - 7) << 3)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _largest_bits(row: Any) -> Any:
     """Bits of the largest magnitude; integers keep the order of floats and vectorize."""
     largest = np.uint32(0)
@@ -61,7 +63,7 @@ def _largest_bits(row: Any) -> Any:
     return largest
 
 
-@njit(fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(entry, fastmath=SUMS)
 def _int8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
     for r in range(weight.shape[0]):
         bits = _largest_bits(weight[r])
@@ -85,7 +87,7 @@ def _int8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped
         norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
 
 
-@njit(fastmath=SUMS, cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(entry, fastmath=SUMS)
 def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any) -> None:
     for r in range(weight.shape[0]):
         bits = _largest_bits(weight[r])
@@ -121,7 +123,7 @@ def _fp8(weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped:
         norms[r] = np.float64(norm) / (np.float64(inverse) * np.float64(inverse))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _in_lanes(
     weight: Any, codes: Any, scales: Any, errors: Any, norms: Any, dropped: Any, smallest: Any, top: Any, to_fp8: Any
 ) -> None:

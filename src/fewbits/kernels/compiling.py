@@ -8,12 +8,12 @@ checkpoint is quantized without it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic, overload
 
 if TYPE_CHECKING:
@@ -23,6 +23,24 @@ Array = np.ndarray[Any, Any]
 
 # Sums may be reordered into lanes and fused with products. Codes must not change by it: each is a product, rounded.
 SUMS = {"reassoc", "nsz", "contract"}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def entry(function: Function, fastmath: set[str] | bool = False) -> Function:
+    """Compile what Python calls, on several threads at once; what was compiled is kept on disk."""
+    return cast(Function, njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function))
+
+
+def inner(function: Function, fastmath: set[str] | bool = False) -> Function:
+    """Compile what only compiled functions call: without wrappers for Python, which take a sixth of all compiling."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(Function, njit(error_model="numpy", fastmath=fastmath, **options)(function))
+
+
+def inlined(function: Function) -> Function:
+    """Compile as a part of each compiled function that calls it."""
+    return cast(Function, njit(inline="always")(function))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -77,7 +95,7 @@ ROUNDING = {
 }
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def stored_scale(scale: Any, dropped: Any, smallest: Any, largest: Any) -> Any:
     """`numerics.stored_scale` of a positive fp32 scale, without a branch: clamped, rounded half to even, 1 for 0."""
     shift = np.uint32(dropped)
@@ -91,9 +109,9 @@ def stored_scale(scale: Any, dropped: Any, smallest: Any, largest: Any) -> Any:
     return np.float32(1.0) if scale == np.float32(0.0) else stored
 
 
-@numba.njit(fastmath=False, error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def miss(x: Any, decoded: Any, inverse: Any) -> Any:
-    """x − x̂ in units of the scale. Without flags: fused with the product, x̂ would not be rounded as a decoder's is."""
+    """x − x̂ in units of the scale. Without fastmath: fused with the product, x̂ would not be rounded as decoders do."""
     return (x - decoded) * inverse
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.gram_tiles import ROWS, TILE, PackedRows, add_tile, left_tile, padded_roots, pairs_of
 from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import pointer_to
@@ -18,7 +19,7 @@ from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_
 LEFT_AT, TURNED_AT, RIGHT_AT, PAIRS, HEIGHT, WIDTH, SUMS_AT = range(OWN, OWN + 7)
 
 
-@njit  # type: ignore[untyped-decorator]
+@inner
 def _multiply(left: Any, turned: Any, right: Any, pairs: Any, sums: Any, first: Any, last: Any) -> None:
     """Tiles `first` to `last`, counted down the columns of tiles."""
     tile_bytes, rows = 4 * pairs * TILE, (sums.shape[0] + TILE - 1) // TILE

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
-from fewbits.kernels.compiling import Array
+from fewbits.kernels.compiling import Array, entry
 from fewbits.kernels.far_products import APART, KEPT, NUMBER_BYTES
 from fewbits.kernels.listed_rows import LINE, keep_line, whole_lines
+from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.threads import over_rows
 
 # Columns that are chosen before their changes are pushed into others.
@@ -32,7 +32,7 @@ class Curvature:
     own: Array
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _lay(H: Any, order: Any, diagonal: Any, far: Any, own: Any, begin: Any, end: Any) -> None:
     """Rows begin to end of both. order: as uint64."""
     width = len(order)
@@ -46,7 +46,7 @@ def _lay(H: Any, order: Any, diagonal: Any, far: Any, own: Any, begin: Any, end:
             keep_line(laid[column:].ctypes.data, far[row, column:].ctypes.data)
         first = row // BLOCK * BLOCK
         last = min(first + BLOCK, width)
-        own[row // BLOCK, row - first, : last - first] = laid[first:last]
+        copy_numbers(own[row // BLOCK, row - first, : last - first], laid[first:last])
 
 
 def curvature_of(H: torch.Tensor, order: torch.Tensor, diagonal: torch.Tensor) -> Curvature:

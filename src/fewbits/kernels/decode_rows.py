@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.memory import (
     BFLOAT16,
     FLOAT8,
@@ -26,7 +27,7 @@ from fewbits.kernels.team import OWN, WORDS, compiled_work
 SIGNED, UNSIGNED = 0, 1
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _unpack(packed: Any, bits: Any, codes: Any) -> None:
     """Little-endian fields to a code a byte; codes are padded to a multiple of 8."""
     if bits == 4:
@@ -46,7 +47,7 @@ def _unpack(packed: Any, bits: Any, codes: Any) -> None:
             stream >>= np.uint64(bits)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _fp8_row(codes: Any, scale: Any, values: Any) -> None:
     raised = np.float32(256.0) * scale
     for k in range(codes.size):
@@ -56,19 +57,19 @@ def _fp8_row(codes: Any, scale: Any, values: Any) -> None:
         values[k] = half_as_float(np.uint16(np.uint32(sign | magnitude))) * raised
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _group(codes: Any, scale: Any, zero: Any, values: Any) -> None:
     for k in range(codes.size):
         values[k] = np.float32(np.int32(np.int32(codes[k]) - zero)) * scale
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _narrow(values: Any, out: Any) -> None:
     for k in range(values.size):
         out[k] = as_bf16(values[k])
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _row(block: Any, row: Any, codes: Any, values: Any) -> None:
     columns, groups, kind = block[COLUMNS], block[GROUPS], block[SCALE_KIND]
     size, at = columns // groups, block[CODES_AT] + row * block[ROW_BYTES]

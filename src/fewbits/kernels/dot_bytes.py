@@ -10,8 +10,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from fewbits.kernels.compiling import inlined, inner
 from fewbits.kernels.fetching import fetch_lines
 from fewbits.kernels.lanes import add_byte_products, bytes_at, fetch, no_int_sums, store_totals
 from fewbits.kernels.memory import FLOAT32, number_at, on_stack, pointer_to, write_all
@@ -30,7 +31,7 @@ SOME_ROWS = 128
 ROOM = 4 * SOME_ROWS
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _tail(block: Any, row: Any, token: Any) -> Any:
     """The products that no whole vector covers."""
     columns = block[COLUMNS]
@@ -43,7 +44,7 @@ def _tail(block: Any, row: Any, token: Any) -> Any:
     return total
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _finish(block: Any, row: Any, token: Any, sums: Any, values: Any) -> None:
     """Make outputs of the sums of some rows, of which `row` is the first; `values` has room for as many fp32."""
     if block[COLUMNS] % STEP != 0:
@@ -61,7 +62,7 @@ def _finish(block: Any, row: Any, token: Any, sums: Any, values: Any) -> None:
     write_all(block[OUT_AT], token * block[ROWS] + row, block[OUT_KIND], values)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _row(codes: Any, x: Any, width: Any) -> Any:
     """Sums of a row and one token, both at addresses."""
     sums = no_int_sums()
@@ -71,7 +72,7 @@ def _row(codes: Any, x: Any, width: Any) -> Any:
     return sums
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _two_rows(block: Any, row: Any, t0: Any, t1: Any, t2: Any, t3: Any, totals: Any) -> None:
     """Sums of two rows and four tokens, token after token, to an address."""
     width, stride = block[COLUMNS], block[X_STRIDE]
@@ -96,7 +97,7 @@ def _two_rows(block: Any, row: Any, t0: Any, t1: Any, t2: Any, t3: Any, totals: 
     store_totals(s02, s12, s03, s13, totals + 16)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _one_token(block: Any, start: Any, stop: Any, totals: Any, values: Any) -> None:
     last, codes, width, x = block[ROWS] - 1, block[CODES_AT], block[COLUMNS], block[X_AT]
     sums = carray(pointer_to(totals), (SOME_ROWS,), np.int32)
@@ -113,7 +114,7 @@ def _one_token(block: Any, start: Any, stop: Any, totals: Any, values: Any) -> N
         _finish(block, first, 0, sums[: end - first], values[: end - first])
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _some_tokens(block: Any, start: Any, stop: Any, totals: Any, values: Any) -> None:
     last, tokens = block[ROWS] - 1, block[TOKENS]
     sums = carray(pointer_to(totals), (8,), np.int32)

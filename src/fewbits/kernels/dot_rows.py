@@ -15,8 +15,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from fewbits.kernels.compiling import inlined, inner
 from fewbits.kernels.decoders import (
     BLOCK,
     add_scaled,
@@ -85,7 +86,7 @@ class _Weight(NamedTuple):
     whole: Any
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _weight_of(decoder: Any, fields: Any) -> Any:
     rows, row_bytes, spans, span_scales = fields[ROWS], fields[ROW_BYTES], fields[SPANS], fields[SPAN_SCALES]
     read = spans * fields[SPAN_BLOCKS] * fields[BLOCK_BYTES]
@@ -103,14 +104,14 @@ def _weight_of(decoder: Any, fields: Any) -> Any:
     )  # fmt: skip
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _scales_of(decoder: Any, weight: Any, row: Any, group: Any) -> Any:
     """The scales of up to 16 groups of a row, from `group` on."""
     at = weight.scales_at + weight.scale_bytes * (row * weight.groups + group)
     return scales_of(decoder, at, min(LANES, weight.groups - group))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _less_offsets(decoder: Any, weight: Any, row: Any, token: Any, group: Any, scales: Any, sums: Any) -> Any:
     """Sums without what decoded codes are too large by, of up to 16 groups from `group` on."""
     zeros_at = weight.zeros_at + row * weight.zeros + group
@@ -121,7 +122,7 @@ def _less_offsets(decoder: Any, weight: Any, row: Any, token: Any, group: Any, s
     )  # fmt: skip
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _finish(fields: Any, row: Any, token: Any, totals: Any) -> None:
     """Make outputs of the totals of some rows, of which `row` is the first."""
     if fields[GROUPS] == 1 and fields[SCALES_AT] != 0:
@@ -138,7 +139,7 @@ def _finish(fields: Any, row: Any, token: Any, totals: Any) -> None:
     write_all(fields[OUT_AT], token * fields[ROWS] + row, fields[OUT_KIND], totals)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _copy_last_block(codes: Any, before: Any, row_bytes: Any, copy: Any) -> Any:
     """Copy what a row has behind so many bytes, and zeros behind it, to an address, which is returned."""
     to = carray(pointer_to(copy), (COPY,), np.uint8)
@@ -149,27 +150,27 @@ def _copy_last_block(codes: Any, before: Any, row_bytes: Any, copy: Any) -> Any:
     return copy
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _last_block(weight: Any, row: Any, copy: Any) -> Any:
     before = (weight.spans * weight.span_blocks - 1) * weight.block_bytes
     return _copy_last_block(weight.codes + row * weight.row_bytes, before, weight.row_bytes, copy)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _add_last_block(decoder: Any, weight: Any, row: Any, copy: Any, x: Any, scales: Any, sums: Any) -> Any:
     """Sums + the products of a row's last block, read from a copy."""
     products = add_products(no_sums(), codes_at(decoder, _last_block(weight, row, copy)), x)
     return add_scaled(decoder, sums, products, scales)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _fetch(decoder: Any, weight: Any, at: Any) -> None:
     """Ask for codes ahead, and once more nearer: processors drop what they are asked for while they wait for much."""
     fetch_block(decoder, at + weight.ahead)
     fetch_block(decoder, at + (weight.ahead >> 1))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _whole_spans(weight: Any, last: Any) -> Any:
     """Spans, and blocks of each, that are read where they lie; and whether a block is left, as `last` is the last row.
 
@@ -181,7 +182,7 @@ def _whole_spans(weight: Any, last: Any) -> Any:
     return weight.spans, weight.span_blocks - short, short
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _row(decoder: Any, weight: Any, row: Any, copy: Any) -> Any:
     """Sums of a row and one token."""
     wide, sums = weight.block_bytes, no_sums()
@@ -205,7 +206,7 @@ def _row(decoder: Any, weight: Any, row: Any, copy: Any) -> Any:
     return sums
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _long_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> None:
     """Totals of four rows and one token, row after row, to an address."""
     last, kept = weight.rows - 1, copy + COPIES
@@ -215,7 +216,7 @@ def _long_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> No
     store_totals(kept_sums(kept), kept_sums(kept + 64), kept_sums(kept + 128), kept_sums(kept + 192), totals)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> None:
     """Totals of four rows and one token, block after block, to an address."""
     last, width, wide = weight.rows - 1, weight.row_bytes, weight.block_bytes
@@ -259,7 +260,7 @@ def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> N
     store_totals(y0, y1, y2, y3, totals)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _two_rows(
     decoder: Any, weight: Any, r0: Any, r1: Any, t0: Any, t1: Any, t2: Any, t3: Any, copy: Any, totals: Any
 ) -> None:  # fmt: skip
@@ -310,7 +311,7 @@ def _two_rows(
     store_totals(y02, y12, y03, y13, totals + 16)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _fetch_scales(weight: Any, first: Any, stop: Any) -> None:
     """Ask for the scales and zero points of some rows: waiting for them had taken a fifth of a small layer's time."""
     width = weight.scale_bytes * weight.groups
@@ -318,7 +319,7 @@ def _fetch_scales(weight: Any, first: Any, stop: Any) -> None:
     fetch_lines(weight.zeros_at + first * weight.zeros, weight.zeros_at + stop * weight.zeros)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _one_token(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, totals: Any) -> None:
     weight = _weight_of(decoder, fields)
     grouped, width = weight.groups > 1, weight.row_bytes
@@ -339,7 +340,7 @@ def _one_token(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, tota
         _finish(fields, first, 0, values[: end - first])
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _some_tokens(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, totals: Any) -> None:
     weight = _weight_of(decoder, fields)
     last, tokens = fields[ROWS] - 1, fields[TOKENS]
@@ -353,7 +354,7 @@ def _some_tokens(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, to
                 _finish(fields, r, token, values[at : at + min(2, last + 1 - r)])
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _rows(decoder: Any, block: Any, start: Any, stop: Any) -> None:
     fields = carray(pointer_to(block), (WORDS,), np.int64)
     copy, totals = on_stack(ROOM), on_stack(TOTALS)

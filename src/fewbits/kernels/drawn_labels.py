@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from fewbits.kernels.compiling import entry, inner
 from fewbits.kernels.logits_lanes import bf16_exponentials, largest_bf16
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.threads import over_rows
@@ -21,7 +21,7 @@ from fewbits.kernels.threads import over_rows
 LEAST = np.float32(1e-30)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@inner
 def _drawn(values: Any, sums: Any, target: Any) -> Any:
     """The first place where the values add up to more than `target`, of those with any weight."""
     before = np.float64(0.0)
@@ -40,7 +40,7 @@ def _drawn(values: Any, sums: Any, target: Any) -> Any:
     return place
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _draw(
     logits: Any, uniforms: Any, first: Any, largest: Any, totals: Any, labels: Any, numbers: Any, start: Any, stop: Any
 ) -> None:

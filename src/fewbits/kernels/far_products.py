@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fewbits.kernels.compiling import inlined, inner
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, add_lanes
 from fewbits.kernels.lanes import (
     HAS_BF16,
@@ -39,13 +40,13 @@ APART = 64
 CACHED = 768 // NUMBER_BYTES
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def padded(columns: Any) -> Any:
     """Columns with those that fill up the last TOGETHER."""
     return (columns + TOGETHER - 1) // TOGETHER * TOGETHER
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _as_it_is(value: Any) -> Any:
     return value
 
@@ -82,7 +83,7 @@ _some, _one = add_lanes(COLUMNS, False, HAS_BF16), add_lanes(1, False, HAS_BF16)
 _tall, _low = add_matrices(2 * LANES, ROWS, True), add_matrices(LANES, ROWS, True)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def keep_columns(columns: Any, kept: Any) -> None:
     """Keep fp32 columns [n, ROWS], to be multiplied, at an address; with an odd n zeros behind them."""
     count = len(columns)
@@ -93,7 +94,7 @@ def keep_columns(columns: Any, kept: Any) -> None:
 
 
 # Inlined by Numba, as lane_products are.
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def add_far(matrix: Any, stride: Any, kept: Any, count: Any, sums: Any, columns: Any) -> None:
     """sums += matrix · kept, of addresses, between `begin` and `end`.
 

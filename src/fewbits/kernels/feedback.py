@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
-from fewbits.kernels.compiling import Array
+from fewbits.kernels.compiling import Array, entry, inner
 from fewbits.kernels.far_products import (
     APART,
     KEPT,
@@ -32,6 +31,7 @@ from fewbits.kernels.far_products import (
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.matrix_sums import begin, end
+from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.threads import over_rows, thread_count
 from fewbits.kernels.turned import turn_rows
 
@@ -69,7 +69,7 @@ def block_columns(group: int) -> int:
     return whole * max(1, BLOCK // whole)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def lay_columns(rows: Any, order: Any, columns: Any) -> None:
     """Lay up to ROWS rows side by side, [K, ROWS], their columns in `order`, uint64; zeros for missing rows."""
     laid = np.zeros((ROWS, LAID), np.float32)
@@ -85,10 +85,10 @@ def lay_columns(rows: Any, order: Any, columns: Any) -> None:
             np.int64(ROWS), whole,
         )  # fmt: skip
         for k in range(whole, count):
-            columns[start + k] = laid[:, k]
+            copy_numbers(columns[start + k], laid[:, k])
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _invert(L: Any, first: Any, count: Any, M: Any, U: Any) -> None:
     """Mᵀ of `count` columns from `first` on, M[a, b] being L[K − 1 − a, K − 1 − b], and its inverse, row by row."""
     last = len(L) - 1
@@ -99,10 +99,11 @@ def _invert(L: Any, first: Any, count: Any, M: Any, U: Any) -> None:
             for d in range(e + 1):
                 U[c, d] -= M[c, e] * U[e, d]
         U[c, c] = np.float32(1.0)
-        U[c, : c + 1] /= M[c, c]
+        for d in range(c + 1):
+            U[c, d] /= M[c, c]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _arrange(L: Any, own: Any, inverse: Any, far: Any, begin_block: Any, end_block: Any) -> None:
     """Blocks begin_block to end_block, their rows of `far` among them."""
     size, block = len(L), own.shape[1]
@@ -147,7 +148,7 @@ def over_runs(rows: int, columns: int, work: Callable[[int, int], None]) -> None
     over_rows(runs, ROWS * columns**2, work, max(1, min(RUNS, runs // thread_count())))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _norms(rows: Any, order: Any, far: Any, own: Any, totals: Any, begin_run: Any, end_run: Any) -> None:
     number, width = rows.shape
     stride, block = np.int64(far.strides[0]), own.shape[1]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
+from fewbits.kernels.compiling import inlined
 from fewbits.kernels.lanes import fetch
 
 LINE = 64
@@ -23,7 +22,7 @@ def bytes_ahead(row_bytes: int, rows: int) -> int:
     return together * -(-AHEAD_BYTES // together)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def fetch_lines(start: Any, stop: Any) -> None:
     """Ask for all that lies between two addresses."""
     for address in range(start, stop, LINE):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fewbits.kernels.compiling import entry
 from fewbits.kernels.lanes import constant, multiply_add, repeat
+from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.panel_lanes import PANEL, bf16_at, bf16_panel, exponential_of, store_bf16
 from fewbits.kernels.threads import over_rows
 
@@ -72,7 +74,7 @@ def _pull_panels(typing_context: Any, x: Any, pulls: Any, panels: Any, out: Any)
     return types.none(types.int64, types.int64, types.int64, types.int64), generate
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _gelu(x: Any, out: Any, start: Any, stop: Any) -> None:
     whole = min(stop, x.size // PANEL)
     if whole > start:
@@ -82,12 +84,12 @@ def _gelu(x: Any, out: Any, start: Any, stop: Any) -> None:
     if whole < stop:
         left = x.size - whole * PANEL
         last, found = np.zeros(PANEL, np.uint16), np.empty(PANEL, np.uint16)
-        last[:left] = x[whole * PANEL :]
+        copy_numbers(last[:left], x[whole * PANEL :])
         _gelu_panels(last.ctypes.data, 1, found.ctypes.data)
-        out[whole * PANEL :] = found[:left]
+        copy_numbers(out[whole * PANEL :], found)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _pull_back(x: Any, pulls: Any, out: Any, start: Any, stop: Any) -> None:
     whole = min(stop, x.size // PANEL)
     if whole > start:
@@ -98,9 +100,10 @@ def _pull_back(x: Any, pulls: Any, out: Any, start: Any, stop: Any) -> None:
     if whole < stop:
         left = x.size - whole * PANEL
         last, pulled, found = np.zeros(PANEL, np.uint16), np.zeros(PANEL, np.uint16), np.empty(PANEL, np.uint16)
-        last[:left], pulled[:left] = x[whole * PANEL :], pulls[whole * PANEL :]
+        copy_numbers(last[:left], x[whole * PANEL :])
+        copy_numbers(pulled[:left], pulls[whole * PANEL :])
         _pull_panels(last.ctypes.data, pulled.ctypes.data, 1, found.ctypes.data)
-        out[whole * PANEL :] = found[:left]
+        copy_numbers(out[whole * PANEL :], found)
 
 
 def gelu(x: Any, out: Any) -> None:

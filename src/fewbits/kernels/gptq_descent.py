@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from fewbits.kernels.compiling import inlined, inner
 from fewbits.kernels.curvature import BLOCK
 from fewbits.kernels.far_products import NUMBER_BYTES, add_far, padded
 from fewbits.kernels.lane_columns import descend_columns
@@ -20,6 +20,7 @@ from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.listed_rows import subtract_listed, whole_lines
 from fewbits.kernels.matrix_sums import begin, end
+from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.turned import turn_rows
 
 _descend_some, _descend_one = descend_columns(COLUMNS), descend_columns(1)
@@ -29,13 +30,13 @@ PUSHED = 1024
 LISTED = 512
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def whole_lanes(count: Any) -> Any:
     """Rounded up to whole vectors."""
     return (count + LANES - 1) // LANES * LANES
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _descend_block(
     H: Any, start: Any, stop: Any, group: Any, grids: Any, top_code: Any, codes: Any, misses: Any, local: Any,
     steps: Any, gain: Any,
@@ -64,7 +65,7 @@ def _descend_block(
         first += some
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _list_changes(H: Any, start: Any, count: Any, steps: Any, listed: Any, changes: Any, counts: Any) -> None:
     """Add to the lists of ROWS rows which rows of H they are pushed by: steps [count, ROWS] of columns from `start`."""
     stride = np.int64(H.strides[0])
@@ -78,7 +79,7 @@ def _list_changes(H: Any, start: Any, count: Any, steps: Any, listed: Any, chang
         counts[lane] = found
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _push(listed: Any, changes: Any, begun: Any, counts: Any, first: Any, stop: Any, pulls: Any) -> None:
     """Take off rows of EH, columns first to stop, what the changes listed for each from `begun` on make there."""
     for tile in range(first, stop, PUSHED):
@@ -89,7 +90,7 @@ def _push(listed: Any, changes: Any, begun: Any, counts: Any, first: Any, stop: 
                 subtract_listed(listed[row, begun[row] :], changes[row, begun[row] :], some, tile, behind, pulls[row])
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _begin_pulls(far: Any, block: Any, errors: Any, pulls: Any, sums: Any) -> None:
     """EH of runs of rows from their sweeps' errors, for `pulls` [runs · ROWS, columns]; sums: [block, ROWS]."""
     stride, width, line = np.int64(far.strides[0]), len(far), np.int64(COLUMN_BYTES)
@@ -106,7 +107,7 @@ def _begin_pulls(far: Any, block: Any, errors: Any, pulls: Any, sums: Any) -> No
     end()
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def descend_panel(
     curvature: Any, far: Any, block: Any, group: Any, passes: Any, top_code: Any, misses: Any, grids: Any, codes: Any,
     errors: Any, losses: Any,
@@ -138,7 +139,7 @@ def descend_panel(
             for start in range(first, last, BLOCK):
                 stop = min(start + BLOCK, width)
                 count = stop - start
-                begun[:] = counts
+                copy_numbers(begun, counts)
                 for run in range(runs):
                     own = slice(run * ROWS, (run + 1) * ROWS)
                     rows = pulls[run * ROWS, start:].ctypes.data
@@ -148,7 +149,8 @@ def descend_panel(
                         near[start // BLOCK], start, stop, group, grids[run], top_code, codes[run], misses[run], local,
                         steps, gain,
                     )  # fmt: skip
-                    losses[run] -= gain
+                    for lane in range(ROWS):
+                        losses[run, lane] -= gain[lane]
                     _list_changes(H, start, count, steps, listed[own], changes[own], counts[own])
                 _push(listed, changes, begun, counts, stop if is_last else first, last, pulls)
             begun[:] = 0

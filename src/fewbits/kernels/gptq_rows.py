@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
-from fewbits.kernels.compiling import ROUNDING, Array
+from fewbits.kernels.compiling import ROUNDING, Array, entry, inner
 from fewbits.kernels.curvature import Curvature
 from fewbits.kernels.far_products import KEPT
 from fewbits.kernels.feedback import LAID, PANEL, Feedback, lay_columns, over_runs
@@ -21,6 +20,7 @@ from fewbits.kernels.gptq_descent import descend_panel
 from fewbits.kernels.gptq_sweep import sweep_panel
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS
 from fewbits.kernels.lanes import LANES
+from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.turned import turn_rows
 from fewbits.schemes import Scheme
 from fewbits.search import Search
@@ -39,7 +39,7 @@ class ChosenRows:
     missed: torch.Tensor
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _lay_grids(scales: Any, zeros: Any, order: Any, group: Any, grids: Any) -> None:
     """Grids of up to ROWS rows side by side, [groups, 2, ROWS], groups as `order` has them; 1 and 0 beyond them."""
     for number in range(len(grids)):
@@ -50,7 +50,7 @@ def _lay_grids(scales: Any, zeros: Any, order: Any, group: Any, grids: Any) -> N
             grids[number, 1, lane] = np.float32(zeros[lane, own])
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _write_grids(grids: Any, order: Any, group: Any, scales: Any, zeros: Any) -> None:
     for number in range(len(grids)):
         own = order[number * group] // np.uint64(group)
@@ -59,7 +59,7 @@ def _write_grids(grids: Any, order: Any, group: Any, scales: Any, zeros: Any) ->
             zeros[lane, own] = np.uint8(np.int32(grids[number, 1, lane]))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _write_rows(chosen: Any, misses: Any, order: Any, codes: Any, missed: Any) -> None:
     """Columns [K, ROWS] back to rows, their channels where they were."""
     laid = np.empty((ROWS, LAID), np.float32)
@@ -71,7 +71,7 @@ def _write_rows(chosen: Any, misses: Any, order: Any, codes: Any, missed: Any) -
             np.int64(ROWS),
         )  # fmt: skip
         for k in range(whole, count):
-            laid[:, k] = misses[start + k]
+            copy_numbers(laid[:, k], misses[start + k])
         for lane in range(len(codes)):
             own_codes, own_missed = codes[lane], missed[lane]
             for k in range(count):
@@ -80,7 +80,7 @@ def _write_rows(chosen: Any, misses: Any, order: Any, codes: Any, missed: Any) -
                 own_missed[channel] = laid[lane, k]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _choose(
     W: Any, order: Any, feedback: Any, curvature: Any, group: Any, step: Any, candidates: Any, top_code: Any,
     passes: Any, scales: Any, zeros: Any, codes: Any, losses: Any, missed: Any, begin_run: Any, end_run: Any,
@@ -108,7 +108,7 @@ def _choose(
             )  # fmt: skip
         for run in range(runs):
             own = slice((panel + run) * ROWS, min((panel + run + 1) * ROWS, rows))
-            losses[own] = lost[run, : own.stop - own.start]
+            copy_numbers(losses[own], lost[run])
             _write_grids(grids[run], order, group, scales[own], zeros[own])
             _write_rows(chosen[run], panels[run], order, codes[own], missed[own])
 

@@ -9,15 +9,17 @@ step. Rows are independent: the result does not depend on how they are split.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from fewbits.kernels.compiling import inlined, inner
 from fewbits.kernels.far_products import KEPT, add_far, keep_columns
 from fewbits.kernels.lane_columns import GRID_ROWS, HIGH, INVERSE, LOSS, LOW, SCALE, sweep_columns
 from fewbits.kernels.lane_products import COLUMN_BYTES, COLUMNS, ROWS, subtract_products
 from fewbits.kernels.matrix_sums import begin, end
+from fewbits.kernels.memory import copy_matrix
 from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
 
 # What is known of each row's group beyond its grid (lane_columns): the range, and the best grid so far.
@@ -26,7 +28,7 @@ LANE_ROWS = GRID_ROWS + 7
 _sweep_some, _sweep_one = sweep_columns(COLUMNS), sweep_columns(1)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _push(factor: Any, first: Any, stop: Any, column: Any, count: Any, errors: Any, sums: Any) -> None:
     """Take off columns first to stop, at an address, what the errors of `count` columns from `column` on push there."""
     stride = np.int64(factor.strides[0])
@@ -34,7 +36,7 @@ def _push(factor: Any, first: Any, stop: Any, column: Any, count: Any, errors: A
     subtract_products(matrix, stride, errors, count, sums, stop - first)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _sweep_group(local: Any, factor: Any, start: Any, lanes: Any, codes: Any, errors: Any) -> None:
     """Sweep columns [count, ROWS] that begin at column `start` with each row's grid; writes codes, errors and loss."""
     stride, count = np.int64(factor.strides[0]), len(local)
@@ -57,7 +59,7 @@ def _sweep_group(local: Any, factor: Any, start: Any, lanes: Any, codes: Any, er
         first += some
 
 
-@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+@partial(inner, fastmath={"contract"})
 def _ranges(columns: Any, lanes: Any, symmetric: Any, top_code: Any) -> None:
     for lane in range(ROWS):
         lanes[LOWEST, lane] = np.float32(0.0)
@@ -73,7 +75,7 @@ def _ranges(columns: Any, lanes: Any, symmetric: Any, top_code: Any) -> None:
         lanes[NARROW, lane] = narrow
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _take_candidate(
     lanes: Any, symmetric: Any, extreme_first: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, most: Any
 ) -> None:
@@ -90,7 +92,7 @@ def _take_candidate(
         lanes[HIGH, lane] = top_code - zero
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _keep_better(lanes: Any, is_first: Any) -> None:
     for lane in range(ROWS):
         better = is_first or lanes[LOSS, lane] < lanes[LEAST, lane]
@@ -99,7 +101,7 @@ def _keep_better(lanes: Any, is_first: Any) -> None:
         lanes[BEST_ZERO, lane] = -lanes[LOW, lane] if better else lanes[BEST_ZERO, lane]
 
 
-@njit(error_model="numpy", fastmath={"contract"})  # type: ignore[untyped-decorator]
+@partial(inner, fastmath={"contract"})
 def _find_grid(
     columns: Any, local: Any, factor: Any, start: Any, factors: Any, symmetric: Any, top_code: Any, dropped: Any,
     smallest: Any, most: Any, lanes: Any, codes: Any, errors: Any,
@@ -112,7 +114,7 @@ def _find_grid(
         _take_candidate(
             lanes, symmetric, candidate % kinds == 0, factor_of_range, top_code, dropped, smallest, most
         )  # fmt: skip
-        local[:] = columns
+        copy_matrix(local, columns)
         _sweep_group(local, factor, start, lanes, codes, errors)
         _keep_better(lanes, candidate == 0)
     for lane in range(ROWS):
@@ -121,7 +123,7 @@ def _find_grid(
         lanes[HIGH, lane] = top_code - lanes[BEST_ZERO, lane]
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _take_grid(lanes: Any, top_code: Any, grid: Any) -> None:
     """A grid that is given: each row's scale and zero point, [2, ROWS]."""
     for lane in range(ROWS):
@@ -130,7 +132,14 @@ def _take_grid(lanes: Any, top_code: Any, grid: Any) -> None:
         lanes[HIGH, lane] = top_code - grid[1, lane]
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
+def _keep_grid(lanes: Any, grid: Any) -> None:
+    for lane in range(ROWS):
+        grid[0, lane] = lanes[SCALE, lane]
+        grid[1, lane] = -lanes[LOW, lane]
+
+
+@inner
 def _take_off(columns: Any, coded: Any, lanes: Any, codes: Any) -> None:
     """Take off columns [n, ROWS] what their codes stand for, and keep these as bytes."""
     for j in range(len(columns)):
@@ -139,7 +148,7 @@ def _take_off(columns: Any, coded: Any, lanes: Any, codes: Any) -> None:
             codes[j, lane] = np.uint8(np.int32(coded[j, lane]))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def sweep_panel(
     feedback: Any, group: Any, step: Any, candidates: Any, top_code: Any, panels: Any, grids: Any, codes: Any,
     missed: Any, losses: Any,
@@ -167,7 +176,7 @@ def sweep_panel(
         count, factor = min(block, width - top), inverse[top // block]
         for run in range(runs):
             own = panels[run, top : top + count]
-            columns[:count] = own
+            copy_matrix(columns[:count], own)
             matrix = far.ctypes.data + top * stride
             add_far(matrix, stride, kept[run].ctypes.data, top, columns.ctypes.data, count)
             for start in range(0, count, step):
@@ -178,14 +187,15 @@ def sweep_panel(
                         columns[start:stop], local[: stop - start], factor, start, factors, symmetric, top_code,
                         dropped, smallest, most, lanes, coded, errors[start:stop],
                     )  # fmt: skip
-                    grid[0], grid[1] = lanes[SCALE], -lanes[LOW]
+                    _keep_grid(lanes, grid)
                 else:
                     _take_grid(lanes, top_code, grid)
                 _sweep_group(columns[start:stop], factor, start, lanes, coded, errors[start:stop])
                 rest = columns.ctypes.data + stop * COLUMN_BYTES
                 _push(factor, stop, count, start, stop - start, errors[start:].ctypes.data, rest)
                 _take_off(own[start:stop], coded, lanes, codes[run, top + start : top + stop])
-                losses[run] += lanes[LOSS]
+                for lane in range(ROWS):
+                    losses[run, lane] += lanes[LOSS, lane]
             keep_columns(own, kept[run, top:].ctypes.data)
             keep_columns(errors[:count], missed[run, top:].ctypes.data)
     end()

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 
-from fewbits.kernels.compiling import Array, as_bits, as_float
+from fewbits.kernels.compiling import Array, as_bits, as_float, inlined, inner
 from fewbits.kernels.lanes import HAS_BF16, LANES
 from fewbits.kernels.matrix_sums import add_matrices, begin, end
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
@@ -37,19 +37,19 @@ _add_strip, _multiply_matrices = add_strip(TILE // LANES), add_matrices(32, 32, 
 ROWS_AT, ROW_BYTES, COUNT, WIDTH, ROOTS_AT, PACKED_AT, TURNED_AT, GRAM_AT, ABSMAX_AT, ABSOLUTE_AT = range(OWN, OWN + 10)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def pairs_of(rows: Any) -> Any:
     """Pairs that rows are packed into."""
     return ((rows + 1) // 2 + TOGETHER - 1) // TOGETHER * TOGETHER
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def turned_bytes(pairs: Any) -> Any:
     """Bytes from one channel's pairs to the next one's: not a power of two, for the caches."""
     return 4 * pairs + 64
 
 
-@njit  # type: ignore[untyped-decorator]
+@inner
 def _add_in_matrices(left: Any, right: Any, pairs: Any, sums: Any, row: Any, column: Any, scratch: Any) -> Any:
     """`add_tile` with matrix units; says whether there are any."""
     height, width = sums.shape
@@ -68,7 +68,7 @@ def _add_in_matrices(left: Any, right: Any, pairs: Any, sums: Any, row: Any, col
     return True
 
 
-@njit  # type: ignore[untyped-decorator]
+@inner
 def add_tile(left: Any, right: Any, pairs: Any, sums: Any, row: Any, column: Any, scratch: Any) -> None:
     """Products of packed tiles at two addresses to the sums where these tiles meet, by their numbers.
 
@@ -89,13 +89,13 @@ def add_tile(left: Any, right: Any, pairs: Any, sums: Any, row: Any, column: Any
                     sums[top + r, begin + c] += scratch[r, c]
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def left_tile(turned: Any, packed: Any, pairs: Any, tile: Any) -> Any:
     """The address of a tile as the left factor: of turned ones, if there are any, at an address."""
     return turned + tile * TILE * turned_bytes(pairs) if turned != 0 else packed + tile * TILE * 4 * pairs
 
 
-@njit  # type: ignore[untyped-decorator]
+@inner
 def _multiply(packed: Any, turned: Any, gram: Any, first: Any, last: Any) -> None:
     """Tiles `first` to `last` of those on and above the diagonal, counted down the columns of tiles."""
     pairs, at = packed.shape[1], packed.ctypes.data
@@ -114,7 +114,7 @@ def _multiply(packed: Any, turned: Any, gram: Any, first: Any, last: Any) -> Non
             row, column = 0, column + 1
 
 
-@njit  # type: ignore[untyped-decorator]
+@inner
 def _turn(packed: Any, turned: Any, channel: Any, pairs: Any) -> None:
     """16 channels at an address, from `channel` on, to the rows of those turned, if there are any."""
     if turned != 0:
@@ -123,7 +123,7 @@ def _turn(packed: Any, turned: Any, channel: Any, pairs: Any) -> None:
             turn_words(packed + pair * 4 * TILE, 4 * TILE, turned + channel * stride + 4 * pair, stride)
 
 
-@njit  # type: ignore[untyped-decorator]
+@inner
 def _pack(
     rows: Any, step: Any, count: Any, width: Any, roots_at: Any, packed: Any, turned: Any, absmax: Any, absolute: Any,
     first: Any, last: Any,
@@ -159,7 +159,7 @@ def _pack(
             absolute[begin + lane] += total[lane]
 
 
-@njit  # type: ignore[untyped-decorator]
+@inner
 def _packed(block: Any) -> Any:
     tiles, pairs = (block[WIDTH] + TILE - 1) // TILE, pairs_of(block[COUNT])
     return carray(pointer_to(block[PACKED_AT]), (tiles, pairs, TILE), np.uint32)

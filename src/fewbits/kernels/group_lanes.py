@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from fewbits.kernels.compiling import stored_scale
+from fewbits.kernels.compiling import inlined, inner, stored_scale
 from fewbits.kernels.weight_lanes import STEP, magnitude, no_pair, round_to_int, scan, total_of_pair
 
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def ranges(source: Any, size: Any, lows: Any, highs: Any) -> Any:
     """Least and largest weight of each group, zero included; the bits of the row's largest magnitude, and Σ x²."""
     largest, squares = np.uint16(0), no_pair()
@@ -29,7 +28,7 @@ def ranges(source: Any, size: Any, lows: Any, highs: Any) -> Any:
     return largest, total_of_pair(squares)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def grids(
     lows: Any, highs: Any, top_code: Any, scales: Any, zeros: Any, dropped: Any, smallest: Any, largest: Any
 ) -> None:
@@ -41,7 +40,7 @@ def grids(
         zeros[g] = np.uint8(np.int32(min(max(zero, ZERO), top_code)))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def write_codes(source: Any, size: Any, codes: Any, top_code: Any, scales: Any, zeros: Any) -> Any:
     """Codes of a row, a byte each; returns Σ (x − x̂)²."""
     missed = no_pair()

@@ -7,10 +7,10 @@ kernels.search first.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 
 from fewbits.kernels import group_lanes as lanes
 from fewbits.kernels import search as grids
@@ -20,6 +20,9 @@ from fewbits.kernels.compiling import (
     Array,
     as_float,
     as_numpy,
+    entry,
+    inlined,
+    inner,
     kernel_input,
     magnitude_bits,
     miss,
@@ -27,6 +30,7 @@ from fewbits.kernels.compiling import (
     total,
     widen,
 )
+from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.threads import over_rows
 from fewbits.kernels.weight_lanes import fits, is_ordinary
 from fewbits.layout import stored_dtype
@@ -43,13 +47,13 @@ ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _ordered(bits: Any) -> Any:
     """Bits of a float as an integer of the same order, and back: integer maxima vectorize, those of floats don't."""
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _range(group: Any) -> Any:
     """Least and largest value, zero included; all are known to be numbers."""
     low, high = np.int32(0), np.int32(0)
@@ -60,7 +64,7 @@ def _range(group: Any) -> Any:
     return as_float(np.uint32(_ordered(low))), as_float(np.uint32(high))
 
 
-@njit(fastmath=SUMS, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=SUMS)
 def _write_codes(group: Any, codes: Any, scale: Any, zero: Any, top_code: Any) -> Any:
     """Codes of one group; returns Σ (x − x̂)² and Σ x²."""
     inverse = ONE / scale
@@ -79,12 +83,12 @@ def _write_codes(group: Any, codes: Any, scale: Any, zero: Any, top_code: Any) -
     return np.float64(error) * back, np.float64(norm) * back
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _pack(codes: Any, packed: Any, bits: Any) -> None:
     """Little-endian fields into bytes; what is left of the last word is zero. Codes are padded to a multiple of 8."""
     packed[codes.size // 8 * bits :] = 0
     if bits == 8:
-        packed[: codes.size] = codes[: packed.size]
+        copy_numbers(packed[: codes.size], codes)
     elif bits == 4:
         pairs = codes.view(np.uint16)
         for byte in range(min(packed.size, pairs.size)):
@@ -99,7 +103,7 @@ def _pack(codes: Any, packed: Any, bits: Any) -> None:
                 stream >>= np.uint64(8)
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _row(
     weight: Any, size: Any, top_code: Any, row: Any, codes: Any, scales: Any, zeros: Any, grids_given: Any,
     dropped: Any, smallest: Any, largest: Any,
@@ -127,7 +131,7 @@ def _row(
     return error, norm
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _rows(
     weight: Any, size: Any, bits: Any, codes: Any, words: Any, scales: Any, zeros: Any, grids_given: Any, fits: Any,
     errors: Any, norms: Any, dropped: Any, smallest: Any, largest: Any,

@@ -12,9 +12,10 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fewbits.kernels.compiling import inlined
 from fewbits.kernels.lanes import F32, I64, LANES, Sums, dot_pairs, load, multiply_add, prefetch, repeat, spread
 
 # Rows that lie side by side, and bytes of a column of theirs.
@@ -90,7 +91,7 @@ _add_some, _add_single = add_lanes(COLUMNS, False), add_lanes(1, False)
 _subtract_some, _subtract_single = add_lanes(COLUMNS, True), add_lanes(1, True)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def add_products(matrix: Any, stride: Any, right: Any, count: Any, sums: Any, columns: Any) -> None:
     """sums += matrix · right, of addresses: fp32 [columns, count], rows `stride` bytes apart; columns [count, ROWS]."""
     for first in range(0, count, CACHED):
@@ -104,7 +105,7 @@ def add_products(matrix: Any, stride: Any, right: Any, count: Any, sums: Any, co
             done += 1
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def subtract_products(matrix: Any, stride: Any, right: Any, count: Any, sums: Any, columns: Any) -> None:
     """sums −= matrix · right, like `add_products`."""
     for first in range(0, count, CACHED):

@@ -12,9 +12,10 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fewbits.kernels.compiling import inlined
 from fewbits.kernels.far_products import NUMBER_BYTES
 from fewbits.kernels.lanes import (
     F32,
@@ -108,13 +109,13 @@ def _subtract(builder: Any, lines: int, rows: Any, shift: Any, numbers: Any, cou
 _subtract_some, _subtract_single = subtract_lines(LINES), subtract_lines(1)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def whole_lines(columns: Any) -> Any:
     """Rounded up to whole lines."""
     return (columns + LINE - 1) // LINE * LINE
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def subtract_listed(rows: Any, numbers: Any, count: Any, first: Any, stop: Any, sums: Any) -> None:
     """sums[first:stop] −= Σ number · row[first:stop], to the end of a line.
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fewbits.kernels.compiling import as_bits, as_float
+from fewbits.kernels.compiling import as_bits, as_float, inlined, inner
 
 # How numbers are stored.
 FLOAT32, BFLOAT16, FLOAT16, FLOAT8 = 0, 1, 2, 3
@@ -59,6 +59,21 @@ def copy_bytes(typing_context: Any, target: Any, source: Any, count: Any) -> Any
     return types.none(types.int64, types.int64, types.int64), generate
 
 
+@inlined
+def copy_numbers(target: Any, source: Any) -> None:
+    """Numbers of `source` over those of `target`, [n] both. Assigning slices takes seconds to compile: its errors."""
+    for k in range(len(target)):
+        target[k] = source[k]
+
+
+@inlined
+def copy_matrix(target: Any, source: Any) -> None:
+    """Numbers of `source` over those of `target`, [rows, columns] both."""
+    for row in range(len(target)):
+        for column in range(target.shape[1]):
+            target[row, column] = source[row, column]
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def on_stack(typing_context: Any, size: Any) -> Any:
     """The address of so many bytes, a constant, of the calling function's own; an array takes 50 ns."""
@@ -73,7 +88,7 @@ def on_stack(typing_context: Any, size: Any) -> Any:
     return types.int64(size), generate
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def as_bf16(value: Any) -> Any:
     """The bits of an fp32 number rounded to bf16, half to even; NaN stays NaN."""
     # Each step is cut to 32 bits: the compiler's integers are 64 bits wide, and half as many fit a vector.
@@ -85,7 +100,7 @@ def as_bf16(value: Any) -> Any:
     return np.uint16(np.uint32(kept >> np.uint32(16)))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def number_at(address: Any, index: Any, kind: Any) -> Any:
     """One stored number as fp32."""
     if kind == BFLOAT16:
@@ -95,7 +110,7 @@ def number_at(address: Any, index: Any, kind: Any) -> Any:
     return carray(pointer_to(address), (index + 1,), np.float32)[index]
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def write(address: Any, index: Any, kind: Any, value: Any) -> None:
     """One output in the activations' dtype."""
     if kind == BFLOAT16:
@@ -106,7 +121,7 @@ def write(address: Any, index: Any, kind: Any, value: Any) -> None:
         carray(pointer_to(address), (index + 1,), np.float32)[index] = value
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def write_all(address: Any, first: Any, kind: Any, values: Any) -> None:
     """Outputs in the activations' dtype, from place `first` on."""
     if kind == FLOAT32:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
-from fewbits.kernels.compiling import SUMS, as_float, widen
+from fewbits.kernels.compiling import SUMS, as_float, inlined, inner, widen
 from fewbits.kernels.memory import as_bf16, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS, Program, Work, compiled_work, team_size
 
@@ -17,7 +17,7 @@ FAST = SUMS | {"arcp"}
 X_AT, WIDTH, WEIGHT_AT, EPS, OUT_AT, INVERSES_AT, PULLS_AT = range(OWN, OWN + 7)
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _squares(values: Any) -> Any:
     total = np.float32(0.0)
     for i in range(values.size):
@@ -26,7 +26,7 @@ def _squares(values: Any) -> Any:
     return total
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _normalize(x: Any, weight: Any, eps: Any, out: Any, inverses: Any, start: Any, stop: Any) -> None:
     width = x.shape[1]
     for t in range(start, stop):
@@ -36,7 +36,7 @@ def _normalize(x: Any, weight: Any, eps: Any, out: Any, inverses: Any, start: An
             out[t, i] = as_bf16(widen(x[t, i]) * inverse * weight[i])
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _pull_back(x: Any, weight: Any, inverses: Any, pulls: Any, out: Any, start: Any, stop: Any) -> None:
     width = x.shape[1]
     for t in range(start, stop):
@@ -49,18 +49,18 @@ def _pull_back(x: Any, weight: Any, inverses: Any, pulls: Any, out: Any, start: 
             out[t, i] = as_bf16(inverse * (widen(pulls[t, i]) * weight[i] - share * widen(x[t, i])))
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _lengths(x: Any, out: Any, start: Any, stop: Any) -> None:
     for t in range(start, stop):
         out[t] = np.sqrt(_squares(x[t]))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _rows(block: Any, field: Any) -> Any:
     return carray(pointer_to(block[field]), (block[ROWS], block[WIDTH]), np.uint16)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _numbers(block: Any, field: Any, count: Any) -> Any:
     return carray(pointer_to(block[field]), (count,), np.float32)
 

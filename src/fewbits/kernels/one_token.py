@@ -5,14 +5,14 @@ Steps of a program (kernels.team). bf16 comes and goes as uint16; sums and the r
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
-from fewbits.kernels.compiling import SUMS, as_float, widen
-from fewbits.kernels.memory import as_bf16, pointer_to
+from fewbits.kernels.compiling import SUMS, as_float, inlined, inner, widen
+from fewbits.kernels.memory import as_bf16, copy_bytes, pointer_to
 from fewbits.kernels.team import OWN, WORDS, compiled_work
 
 # fp32 keeps eight lanes of partial sums; with one, a dot product would wait for each addition.
@@ -23,7 +23,7 @@ COEFFICIENTS = tuple(
 )
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def exponential(x: Any) -> Any:
     """e^x in fp32 within 2 ulp, by arithmetic alone, so that loops over it vectorize; x is kept within ±87."""
     bounded = min(max(x, np.float32(-87.0)), np.float32(87.0))
@@ -53,13 +53,13 @@ def bits_of(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def number_of(field: Any) -> Any:
     """The fp32 number that a field holds."""
     return as_float(np.uint32(field))
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _inverse_rms(values: Any, eps: Any) -> Any:
     total = np.float32(0.0)
     for i in range(values.size):
@@ -68,20 +68,20 @@ def _inverse_rms(values: Any, eps: Any) -> Any:
     return np.float32(1.0) / np.sqrt(total / np.float32(values.size) + eps)
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _add(x: Any, update: Any) -> None:
     for i in range(x.size):
         x[i] += widen(update[i])
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _add_normed(x: Any, update: Any, weight: Any, eps: Any) -> None:
     inverse = _inverse_rms(update, eps)
     for i in range(x.size):
         x[i] += widen(update[i]) * inverse * weight[i]
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
     inverse = _inverse_rms(x, eps)
     for i in range(x.size):
@@ -105,14 +105,14 @@ def _add_norm(address: Any, start: Any, stop: Any) -> None:
         _normed(x, weight, number_of(block[EPS]), carray(pointer_to(block[OUT_AT]), (width,), np.uint16))
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _gate_silu(gate: Any, up: Any, out: Any) -> None:
     for i in range(gate.size):
         value = widen(gate[i])
         out[i] = as_bf16(value / (np.float32(1.0) + exponential(-value)) * widen(up[i]))
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def _gate_gelu(gate: Any, up: Any, out: Any) -> None:
     root = np.float32(0.7978845608028654)
     for i in range(gate.size):
@@ -123,7 +123,7 @@ def _gate_gelu(gate: Any, up: Any, out: Any) -> None:
         out[i] = as_bf16(np.float32(0.5) * value * (np.float32(1.0) + tanh) * widen(up[i]))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _channels(address: Any, start: Any, stop: Any) -> Any:
     """Gate, up and out of some channels."""
     block = carray(pointer_to(address), (WORDS,), np.int64)
@@ -147,7 +147,7 @@ def _gelu(address: Any, start: Any, stop: Any) -> None:
     _gate_gelu(gate, up, out)
 
 
-@njit(fastmath=FAST, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=FAST)
 def rotated(block: Any, head: Any, position: Any, factor: Any, out: Any) -> None:
     """A head's query or key: normed if the norm has weights, its first channels rotated by halves, times `factor`."""
     width, both = block[HEAD_WIDTH], block[ROTATED]
@@ -183,8 +183,7 @@ def _remember(address: Any, start: Any, stop: Any) -> None:
         keys = carray(pointer_to(block[KEYS_AT] + place), (width,), np.uint16)
         for i in range(width):
             keys[i] = as_bf16(own[i])
-        values = carray(pointer_to(block[VALUES_AT] + place), (width,), np.uint16)
-        values[:] = carray(pointer_to(block[NEW_VALUES_AT] + 2 * h * width), (width,), np.uint16)
+        copy_bytes(block[VALUES_AT] + place, block[NEW_VALUES_AT] + 2 * h * width, 2 * width)
 
 
 _WORK = {"add_norm": _add_norm, "silu": _silu, "gelu": _gelu, "remember": _remember}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
-from fewbits.kernels.compiling import SUMS
+from fewbits.kernels.compiling import SUMS, entry
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products
 from fewbits.kernels.threads import over_rows
 
@@ -16,7 +16,7 @@ from fewbits.kernels.threads import over_rows
 BLOCK = 64
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _quadratic(rows: Any, order: Any, H: Any, totals: Any, begin: Any, end: Any) -> None:
     number, width = rows.shape
     stride = np.int64(H.strides[0])
@@ -55,7 +55,7 @@ def quadratic(rows: torch.Tensor, order: torch.Tensor, H: torch.Tensor) -> torch
     return totals
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=SUMS)  # type: ignore[untyped-decorator]
+@partial(entry, fastmath=SUMS)
 def _squares(rows: Any, weights: Any, totals: Any, weighted: Any, begin: Any, end: Any) -> None:
     for row in range(begin, end):
         numbers = rows[row]

@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32, as_bf16, float_as_half, number_at, pointer_to
 from fewbits.kernels.team import OWN, WORDS, compiled_work
 
@@ -15,7 +16,7 @@ from fewbits.kernels.team import OWN, WORDS, compiled_work
 SUMS_AT, COLUMNS, X_SCALES_AT, SCALES_AT, SCALE_KIND, BIAS_AT, OUT_AT, OUT_KIND = range(OWN, OWN + 8)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _token(sums: Any, token_scale: Any, scales: Any, biases: Any, out_at: Any, kind: Any) -> None:
     columns = sums.size
     for n in range(columns):

@@ -11,9 +11,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from fewbits.kernels.compiling import ROUNDING, Array, as_float, stored_scale
+from fewbits.kernels.compiling import ROUNDING, Array, as_float, entry, inlined, inner, stored_scale
 from fewbits.schemes import Scheme
 from fewbits.search import SUMMED, Search
 
@@ -27,10 +26,8 @@ LANE_ROWS = 14
 ZERO_POINT = np.float32(0.0)
 ONE = np.float32(1.0)
 
-lane_loop = njit(nogil=True, error_model="numpy")
 
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def covering(low: Any, high: Any, symmetric: Any, top_code: Any) -> Any:
     """Scales whose grids just cover a range: with all levels, and symmetric with a positive scale."""
     middle = (top_code + ONE) / np.float32(2.0)
@@ -39,7 +36,7 @@ def covering(low: Any, high: Any, symmetric: Any, top_code: Any) -> Any:
     return wide, extreme / (middle - ONE) if middle > ONE else wide
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def asymmetric_grid(lowest: Any, wide: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any) -> Any:
     """Scale and zero point of a range that begins at `lowest`, `wide` a step."""
     scale = stored_scale(wide, dropped, smallest, largest)
@@ -48,7 +45,7 @@ def asymmetric_grid(lowest: Any, wide: Any, top_code: Any, dropped: Any, smalles
     return scale, top_code if zero > top_code else zero
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def symmetric_grid(
     low: Any, high: Any, step: Any, extreme_first: Any, dropped: Any, smallest: Any, largest: Any
 ) -> Any:
@@ -57,7 +54,7 @@ def symmetric_grid(
     return -scale if extreme_first and high > -low else scale
 
 
-@lane_loop  # type: ignore[untyped-decorator]
+@inner
 def _fill(tile: Any, words: Any, pairs: Any, first: Any, count: Any, size: Any) -> None:
     """Weights of groups first, first + 1 … as columns of `tile`; two bf16 come in one word."""
     width = size // 2 if pairs else size
@@ -80,7 +77,7 @@ def _fill(tile: Any, words: Any, pairs: Any, first: Any, count: Any, size: Any) 
             odd[lane] = as_float(np.uint32(word & np.uint32(0xFFFF0000)))
 
 
-@lane_loop  # type: ignore[untyped-decorator]
+@inner
 def _ranges(tile: Any, lanes: Any, symmetric: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any) -> None:
     """Least and largest weight of each group, zero included, and the scales that just cover them."""
     for lane in range(COUNT):
@@ -103,7 +100,7 @@ def _ranges(tile: Any, lanes: Any, symmetric: Any, top_code: Any, dropped: Any, 
         lanes[BACK + lane] = ONE / stored_scale(wide, dropped, smallest, largest)
 
 
-@lane_loop  # type: ignore[untyped-decorator]
+@inner
 def _asymmetric(lanes: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any) -> None:
     for lane in range(COUNT):
         lowest, wide = lanes[LOWEST + lane] * factor, lanes[WIDE + lane] * factor
@@ -115,7 +112,7 @@ def _asymmetric(lanes: Any, factor: Any, top_code: Any, dropped: Any, smallest: 
         lanes[HIGH + lane] = top_code - zero
 
 
-@lane_loop  # type: ignore[untyped-decorator]
+@inner
 def _symmetric(
     lanes: Any, extreme_first: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, largest: Any
 ) -> None:
@@ -132,7 +129,7 @@ def _symmetric(
         lanes[HIGH + lane] = top_code - middle
 
 
-@lane_loop  # type: ignore[untyped-decorator]
+@inner
 def _losses(tile: Any, power: Any, weights: Any, weighted: Any, lanes: Any) -> None:
     """Σ weightₖ |x/s − code|^power of each group, in units of its scale."""
     for lane in range(COUNT):
@@ -156,7 +153,7 @@ def _losses(tile: Any, power: Any, weights: Any, weighted: Any, lanes: Any) -> N
             lanes[LOSS + lane] += loss
 
 
-@lane_loop  # type: ignore[untyped-decorator]
+@inner
 def _keep_better(lanes: Any, power: Any, is_first: Any) -> None:
     for lane in range(COUNT):
         best, best_scale, best_zero = lanes[BEST + lane], lanes[BEST_SCALE + lane], lanes[BEST_ZERO + lane]
@@ -171,7 +168,7 @@ def _keep_better(lanes: Any, power: Any, is_first: Any) -> None:
         lanes[BEST_ZERO + lane] = zero if better else best_zero
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@entry
 def _search(
     words: Any, pairs: Any, size: Any, symmetric: Any, top_code: Any, factors: Any, power: Any, weights: Any,
     scales: Any, zeros: Any, dropped: Any, smallest: Any, largest: Any,

@@ -25,10 +25,10 @@ import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.compiling import Array
+from fewbits.kernels.compiling import Array, inlined
 from fewbits.kernels.fetching import fetch_lines
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.threads import on_threads
@@ -123,14 +123,14 @@ def _call_yield(typing_context: Any, function: Any) -> Any:
     return types.none(types.int64), generate
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _part_of(block: Any, part: Any) -> Any:
     """The first row of a part, and the first behind it."""
     begin = part * block[PART_ROWS]
     return begin, min(begin + block[PART_ROWS], block[ROWS])
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _stream_of(at: Any, part: Any) -> Any:
     """Where a part's memory of the next step that reads any begins and ends, as far as is asked for."""
     behind = carray(pointer_to(at), (WORDS,), np.int64)[NEXT_STREAM]

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.lanes import F32, HAS_BF16, I16, I64, LANES, IntSums, Sums, indices, load, rounded, splat, spread
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32, copy_bytes
 from fewbits.kernels.turned import turned
@@ -91,7 +92,7 @@ def _finish(
     return types.none(tile, kind, *[types.int64] * 7), generate
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _finish_as(
     tile: Any, kind: Any, sums: Any, stride: Any, scales: Any, biases: Any, token_scales: Any, out: Any, out_stride: Any
 ) -> None:
@@ -103,7 +104,7 @@ def _finish_as(
         _finish(tile, FLOAT32, sums, stride, scales, biases, token_scales, out, out_stride)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def write_tile(
     tile: Any, kind: Any, sums: Any, lanes: Any, scales: Any, biases: Any, token_scales: Any, rows: Any, tokens: Any,
     out: Any, out_stride: Any, room: Any,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.memory import FLOAT32, number_at, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS
@@ -48,7 +49,7 @@ def make_ready(decoder: Any, fields: Any, row: Any, first: Any, last: Any, out_a
     raise NotImplementedError
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _begin(fields: Any, top: Any, count: Any, scales_at: Any, biases_at: Any) -> None:
     """Scales and biases of a block's rows as fp32."""
     scales = carray(pointer_to(scales_at), (BLOCK_ROWS,), np.float32)
@@ -60,7 +61,7 @@ def _begin(fields: Any, top: Any, count: Any, scales_at: Any, biases_at: Any) ->
             biases[r] = number_at(fields[BIAS_AT], top + r, FLOAT32)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _begin_sums(fields: Any, top: Any, count: Any, tiles: Any, lanes: Any, sums_at: Any) -> None:
     """What the sums of a block's rows begin with."""
     for r in range(count):
@@ -72,7 +73,7 @@ def _begin_sums(fields: Any, top: Any, count: Any, tiles: Any, lanes: Any, sums_
                 fill_vector(sums_at + 4 * (lanes * (t * BLOCK_ROWS + r) + lane), begin)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _blocks(decoder: Any, tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> None:
     height, vectors, words = rows_of(tile), vectors_of(tile), fields[WORDS_OF_ROW]
     lanes = vectors * LANES
@@ -122,7 +123,7 @@ def _blocks(decoder: Any, tile: Any, fields: Any, start: Any, stop: Any, memory:
                 )  # fmt: skip
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def multiply_rows(decoder: Any, tile: Any, address: Any, start: Any, stop: Any) -> None:
     """Rows `start` to `stop` of a block of fields times all tokens."""
     fields = carray(pointer_to(address), (WORDS,), np.int64)

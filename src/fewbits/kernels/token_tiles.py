@@ -9,9 +9,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 from numba.extending import overload
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.decode_vectors import decode_vector, table_of
 from fewbits.kernels.decoders import Decoder, decoder_of
 from fewbits.kernels.lanes import CODES, fetch
@@ -32,7 +33,7 @@ from fewbits.kernels.tile_sums import BLOCK_ROWS, tile_of
 VECTOR_BYTES, GROUPS, GROUP_SCALES_AT, ZEROS_AT, SIGNED_ZEROS, MIDPOINT = range(OWN_OF_KIND, OWN_OF_KIND + 6)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _decode(decoder: Any, fields: Any, row: Any, first_word: Any, last_word: Any, out_at: Any) -> None:
     """Pairs of inputs of a row to bf16, and ask for the codes that are decoded next."""
     first, last, columns = 2 * first_word, 2 * last_word, 2 * fields[WORDS_OF_ROW]

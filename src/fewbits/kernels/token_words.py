@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from fewbits.kernels.compiling import inner
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.team import OWN, WORDS, compiled_work
@@ -18,7 +19,7 @@ X_AT, WIDTH, TOKENS, LANES_OF_TILE, OUT_AT = range(OWN, OWN + 5)
 RUN = 32
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _turn_some(source: Any, stride: Any, tokens: Any, words: Any, target: Any, target_stride: Any) -> None:
     """Fewer than 16 tokens or words of them; zeros for tokens that are not there."""
     for word in range(words):

@@ -3,15 +3,15 @@ kernels.decoders decodes in."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.compiling import as_bits, as_float
+from fewbits.kernels.compiling import as_bits, as_float, inlined, inner
 from fewbits.kernels.decoders import BLOCK, BY_EIGHTS, BY_FOURS, NATURAL
 from fewbits.kernels.lanes import I8, I16, I64, LANES, IntSums, Sums, call, indices, load, repeat, splat, spread
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, pointer_to
@@ -28,7 +28,7 @@ LEAST, MOST = np.float32(2.0**-90), np.float32(2.0**90)
 SUMS = {"reassoc", "nsz", "contract"}
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _widen_row(block: Any, token: Any, row: Any) -> None:
     columns = row.size
     if block[X_KIND] == BFLOAT16:
@@ -45,7 +45,7 @@ def _widen_row(block: Any, token: Any, row: Any) -> None:
             row[k] = wide[k]
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _scale(row: Any, limit: Any) -> Any:
     """max|x| / limit; NaN if some x is not finite, so that the outputs are not either."""
     largest = np.uint32(0)
@@ -88,7 +88,7 @@ def _vectors_of_codes(typing_context: Any, row: Any, codes: Any, vectors: Any, s
     return types.none(types.int64, types.int64, types.int64, types.float32, types.float32), generate
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _int8_codes(row: Any, scale: Any, codes: Any) -> None:
     vectors = row.size // LANES if LEAST < scale < MOST else 0
     if vectors:
@@ -100,7 +100,7 @@ def _int8_codes(row: Any, scale: Any, codes: Any) -> None:
         codes[k] = np.uint8(np.int32(code) + np.int32(128))
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _fp8_values(row: Any, scale: Any, values: Any) -> None:
     """Each x / scale at the nearest float8 e4m3fn, as bf16 bits."""
     for k in range(row.size):
@@ -136,7 +136,7 @@ def _rounded(address: Any, start: Any, stop: Any) -> None:
             _int8_codes(row, scale, carray(pointer_to(block[OUT_AT] + token * columns), (columns,), np.uint8))
 
 
-@njit(fastmath=SUMS, error_model="numpy")  # type: ignore[untyped-decorator]
+@partial(inner, fastmath=SUMS)
 def _sum(values: Any) -> Any:
     total = np.float32(0.0)
     for k in range(values.size):
@@ -144,7 +144,7 @@ def _sum(values: Any) -> Any:
     return total
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _split(row: Any, values: Any) -> None:
     """Round to bf16, and leave in `row` what that lost."""
     for k in range(row.size):
@@ -172,7 +172,7 @@ def _reorder(typing_context: Any, source: Any, target: Any, order: Any) -> Any:
     return types.none(types.int64, types.int64, order), generate
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _reordered(source: Any, order: Any, target: Any, size: Any) -> None:
     """Blocks of activations, `size` in all, in the order of decoded codes (kernels.decoders)."""
     for at in range(0, 2 * size, 2 * BLOCK):

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 
-from fewbits.kernels.compiling import Array
+from fewbits.kernels.compiling import Array, inlined, inner
 from fewbits.kernels.lane_products import COLUMN_BYTES, ROWS, add_products, subtract_products
-from fewbits.kernels.memory import pointer_to
+from fewbits.kernels.memory import copy_matrix, pointer_to
 from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
 from fewbits.kernels.turned import turn_rows
 
@@ -26,12 +26,12 @@ PANELS = 32
 H_AT, PLACES_AT, DIAGONAL_AT, ADDED, M_AT, SIZE, INVERSES_AT, FIRST, SCRATCH_AT, FAILED_AT = range(OWN, OWN + 10)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _matrix(address: Any, rows: Any, columns: Any) -> Any:
     return carray(pointer_to(address), (rows, columns), np.float32)
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _invert_small(block: Any, width: Any, inverse: Any) -> None:
     """Invert a lower triangle, the inverses of its diagonal being there."""
     for c in range(width):
@@ -42,7 +42,7 @@ def _invert_small(block: Any, width: Any, inverse: Any) -> None:
             inverse[c, d] = -total * inverse[c, c]
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inner
 def _factor_small(block: Any, width: Any, inverse: Any) -> Any:
     """Factor the lower triangle of a block in place, and invert the factor; says whether it was positive definite."""
     for c in range(width):
@@ -96,7 +96,7 @@ def _factor_diagonal(address: Any, start: Any, stop: Any) -> None:
             for j in range(first):
                 left[j, lane] = M[first + lane, j]
     own = np.zeros((ROWS, ROWS), np.float32)
-    own[:width, :width] = M[first : first + width, first : first + width]
+    copy_matrix(own[:width, :width], M[first : first + width, first : first + width])
     if first > 0:
         matrix = block[M_AT] + 4 * first * size
         subtract_products(matrix, 4 * size, left.ctypes.data, first, own.ctypes.data, width)
@@ -120,13 +120,13 @@ def _factor_below(address: Any, start: Any, stop: Any) -> None:
         row = behind + tile * ROWS
         count = min(ROWS, size - row)
         sums, solved = np.zeros((ROWS, ROWS), np.float32), np.zeros((ROWS, ROWS), np.float32)
-        sums[:count] = M[row : row + count, first:behind]
+        copy_matrix(sums[:count], M[row : row + count, first:behind])
         if first > 0:
             subtract_products(
                 block[M_AT] + 4 * row * size, 4 * size, block[SCRATCH_AT], first, sums.ctypes.data, count
             )  # fmt: skip
         add_products(sums.ctypes.data, COLUMN_BYTES, turned.ctypes.data, ROWS, solved.ctypes.data, count)
-        M[row : row + count, first:behind] = solved[:count]
+        copy_matrix(M[row : row + count, first:behind], solved)
         M[first:behind, row : row + count] = np.float32(0.0)
 
 
@@ -153,7 +153,7 @@ def _invert_panel(address: Any, start: Any, stop: Any) -> None:
         top = block[FIRST] + panel * ROWS
         found = _matrix(block[SCRATCH_AT] + panel * size * COLUMN_BYTES, size, ROWS)
         rows = min(ROWS, size - top)
-        found[top : top + rows] = _matrix(block[INVERSES_AT] + top * COLUMN_BYTES, ROWS, ROWS)[:rows]
+        copy_matrix(found[top : top + rows], _matrix(block[INVERSES_AT] + top * COLUMN_BYTES, ROWS, ROWS))
         at = found.ctypes.data + top * COLUMN_BYTES
         for first in range(top + ROWS, size, ROWS):
             rows = min(ROWS, size - first)
@@ -173,7 +173,7 @@ def _write_panel(address: Any, start: Any, stop: Any) -> None:
         top = block[FIRST] + panel * ROWS
         width = min(ROWS, size - top)
         found = _matrix(block[SCRATCH_AT] + panel * size * COLUMN_BYTES, size, ROWS)
-        M[top:, top : top + width] = found[top:, :width]
+        copy_matrix(M[top:, top : top + width], found[top:])
 
 
 def _mirror(address: Any, start: Any, stop: Any) -> None:

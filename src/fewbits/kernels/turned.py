@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from fewbits.kernels.compiling import inlined
 from fewbits.kernels.lanes import I64, LANES, IntSums, indices, load
 
 
@@ -46,7 +47,7 @@ def turn_words(typing_context: Any, source: Any, stride: Any, target: Any, targe
     return types.none(*[types.int64] * 4), generate
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def turn_rows(rows: Any, stride: Any, columns: Any, column_stride: Any, height: Any, count: Any) -> None:
     """Rows of `count` words at an address to columns of `height` at another; multiples of 16, strides in bytes."""
     for j in range(0, count, LANES):

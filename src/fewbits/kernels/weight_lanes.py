@@ -13,11 +13,11 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fewbits.kernels.compiling import Array, as_float
+from fewbits.kernels.compiling import Array, as_float, inlined
 from fewbits.kernels.lanes import (
     I8,
     I16,
@@ -208,7 +208,7 @@ def round_to_fp8(typing_context: Any, sums: Any, source: Any, target: Any, inver
     return pair(pair, types.int64, types.int64, types.float32, types.float32), generate
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def scan(source: Any, count: Any, squares: Any) -> Any:
     """Range of the weights at an address (`range_of`), and `squares` and theirs: a pair, which take turns."""
     most, least = no_weights(), no_weights()
@@ -220,25 +220,25 @@ def scan(source: Any, count: Any, squares: Any) -> Any:
     return high, low, squares
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def no_pair() -> Any:
     """Two sums of nothing. One alone would be waited for: an addition takes longer than all else of a step."""
     return no_sums(), no_sums()
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def total_of_pair(sums: Any) -> Any:
     """All that both sums hold."""
     return total_of(sums[0]) + total_of(sums[1])
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def magnitude(bits: Any) -> Any:
     """The positive number with these bf16 bits."""
     return as_float(np.uint32(bits) << np.uint32(16))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def is_ordinary(largest_bits: Any) -> Any:
     """Whether a row whose largest magnitude has these bf16 bits may be rounded here."""
     return LEAST_BITS <= largest_bits <= MOST_BITS
