@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -133,28 +128,3 @@ def test_the_factor_is_the_same_whatever_the_number_of_threads(width: int) -> No
         factors[0].double().T @ factors[0].double() @ (H.double() + 0.01 * H.diagonal().mean() * torch.eye(width))
     )
     assert torch.allclose(identity, torch.eye(width, dtype=torch.float64), atol=1e-3)
-
-
-ERRORS = """
-import numpy as np, torch
-from fewbits.solvers.factorization import inverse_factor
-
-for width in (33, 34, 35, 36, 64):
-    x = torch.randn(3 * width, width, generator=torch.Generator().manual_seed(0))
-    H = x.T @ x
-    damped = H.double().numpy() + 0.01 * H.diagonal().mean().item() * np.eye(width)
-    U = inverse_factor(H).double().numpy()
-    print(np.abs(U.T @ U @ damped - np.eye(width)).max())
-"""
-
-
-def test_kernels_from_the_cache_do_what_they_did_when_they_were_compiled(tmp_path: Path) -> None:
-    # What is cached was optimized once more, as a part of whoever calls it.
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", ERRORS], check=True, capture_output=True, text=True,
-            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
-        )  # fmt: skip
-        assert len(run.stdout.split()) == 5
-        assert max(map(float, run.stdout.split())) < 1e-3
-    assert list(tmp_path.rglob("*.nbc"))

@@ -33,8 +33,12 @@ def entry(function: Function, fastmath: set[str] | bool = False) -> Function:
 
 
 def inner(function: Function, fastmath: set[str] | bool = False) -> Function:
-    """Compile what only compiled functions call: without wrappers for Python, which take a sixth of all compiling."""
-    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    """Compile what only compiled functions call: without wrappers for Python, which take a sixth of all compiling.
+
+    With fastmath it becomes a part of each that calls it. Else there would be two of it, optimized once and twice, and
+    a first run would take the one, runs that read from disk the other: their last bits differ.
+    """
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": bool(fastmath)}
     return cast(Function, njit(error_model="numpy", fastmath=fastmath, **options)(function))
 
 

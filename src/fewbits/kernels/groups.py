@@ -103,7 +103,7 @@ def _pack(codes: Any, packed: Any, bits: Any) -> None:
                 stream >>= np.uint64(8)
 
 
-@inner
+@inlined
 def _row(
     weight: Any, size: Any, top_code: Any, row: Any, codes: Any, scales: Any, zeros: Any, grids_given: Any,
     dropped: Any, smallest: Any, largest: Any,
