@@ -21,7 +21,7 @@ from fewbits.kernels.attention_parts import (
     padded,
     products,
 )
-from fewbits.kernels.compiling import SUMS, entry, inner, widen
+from fewbits.kernels.compiling import SUMS, entry, merged, widen
 from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import as_bf16, copy_numbers
 from fewbits.kernels.panel_lanes import PANEL
@@ -29,7 +29,7 @@ from fewbits.kernels.softmax_lanes import pull_key, pull_query
 from fewbits.kernels.threads import over_rows
 
 
-@partial(inner, fastmath=SUMS)
+@partial(merged, fastmath=SUMS)
 def _inner(out: Any, pull: Any, sample: Any, t: Any, head: Any) -> Any:
     total = np.float32(0.0)
     for i in range(out.shape[3]):

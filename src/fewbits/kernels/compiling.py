@@ -32,18 +32,26 @@ def entry(function: Function, fastmath: set[str] | bool = False) -> Function:
     return cast(Function, njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function))
 
 
-def inner(function: Function, fastmath: set[str] | bool = False) -> Function:
-    """Compile what only compiled functions call: without wrappers for Python, which take a sixth of all compiling.
+# What only compiled functions call needs no wrappers for Python, which take a sixth of all compiling.
+_UNWRAPPED = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-    With fastmath it becomes a part of each that calls it. Else there would be two of it, optimized once and twice, and
-    a first run would take the one, runs that read from disk the other: their last bits differ.
+
+def inner(function: Function) -> Function:
+    """Compile what only compiled functions call."""
+    return cast(Function, njit(**_UNWRAPPED)(function))
+
+
+def merged(function: Function, fastmath: set[str] | bool = False) -> Function:
+    """Compile as `inner` does, but as a part of each function that calls it.
+
+    What has fastmath has to be: else there would be two of it, optimized once and twice, and a first run would take the
+    one, runs that read from the disk the other, whose last bits differ.
     """
-    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": bool(fastmath)}
-    return cast(Function, njit(error_model="numpy", fastmath=fastmath, **options)(function))
+    return cast(Function, njit(fastmath=fastmath, forceinline=True, **_UNWRAPPED)(function))
 
 
 def inlined(function: Function) -> Function:
-    """Compile as a part of each compiled function that calls it."""
+    """Compile as if it were written out where it is called: for a few lines; numba takes long over more."""
     return cast(Function, njit(inline="always")(function))
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray
 
-from fewbits.kernels.compiling import inlined, inner
+from fewbits.kernels.compiling import inlined, inner, merged
 from fewbits.kernels.decoders import (
     BLOCK,
     add_scaled,
@@ -206,7 +206,7 @@ def _row(decoder: Any, weight: Any, row: Any, copy: Any) -> Any:
     return sums
 
 
-@inlined
+@merged
 def _long_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> None:
     """Totals of four rows and one token, row after row, to an address."""
     last, kept = weight.rows - 1, copy + COPIES
@@ -216,7 +216,7 @@ def _long_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> No
     store_totals(kept_sums(kept), kept_sums(kept + 64), kept_sums(kept + 128), kept_sums(kept + 192), totals)
 
 
-@inlined
+@merged
 def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> None:
     """Totals of four rows and one token, block after block, to an address."""
     last, width, wide = weight.rows - 1, weight.row_bytes, weight.block_bytes
@@ -319,7 +319,7 @@ def _fetch_scales(weight: Any, first: Any, stop: Any) -> None:
     fetch_lines(weight.zeros_at + first * weight.zeros, weight.zeros_at + stop * weight.zeros)
 
 
-@inlined
+@merged
 def _one_token(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, totals: Any) -> None:
     weight = _weight_of(decoder, fields)
     grouped, width = weight.groups > 1, weight.row_bytes
@@ -340,7 +340,7 @@ def _one_token(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, tota
         _finish(fields, first, 0, values[: end - first])
 
 
-@inlined
+@merged
 def _some_tokens(decoder: Any, fields: Any, start: Any, stop: Any, copy: Any, totals: Any) -> None:
     weight = _weight_of(decoder, fields)
     last, tokens = fields[ROWS] - 1, fields[TOKENS]

@@ -25,6 +25,7 @@ from fewbits.kernels.compiling import (
     inner,
     kernel_input,
     magnitude_bits,
+    merged,
     miss,
     stored_scale,
     total,
@@ -64,7 +65,7 @@ def _range(group: Any) -> Any:
     return as_float(np.uint32(_ordered(low))), as_float(np.uint32(high))
 
 
-@partial(inner, fastmath=SUMS)
+@partial(merged, fastmath=SUMS)
 def _write_codes(group: Any, codes: Any, scale: Any, zero: Any, top_code: Any) -> Any:
     """Codes of one group; returns Σ (x − x̂)² and Σ x²."""
     inverse = ONE / scale
@@ -103,7 +104,7 @@ def _pack(codes: Any, packed: Any, bits: Any) -> None:
                 stream >>= np.uint64(8)
 
 
-@inlined
+@merged
 def _row(
     weight: Any, size: Any, top_code: Any, row: Any, codes: Any, scales: Any, zeros: Any, grids_given: Any,
     dropped: Any, smallest: Any, largest: Any,

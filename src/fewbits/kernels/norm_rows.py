@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from fewbits.kernels.compiling import SUMS, as_float, inlined, inner, widen
+from fewbits.kernels.compiling import SUMS, as_float, inlined, merged, widen
 from fewbits.kernels.memory import as_bf16, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS, Program, Work, compiled_work, team_size
 
@@ -17,7 +17,7 @@ FAST = SUMS | {"arcp"}
 X_AT, WIDTH, WEIGHT_AT, EPS, OUT_AT, INVERSES_AT, PULLS_AT = range(OWN, OWN + 7)
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _squares(values: Any) -> Any:
     total = np.float32(0.0)
     for i in range(values.size):
@@ -26,7 +26,7 @@ def _squares(values: Any) -> Any:
     return total
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _normalize(x: Any, weight: Any, eps: Any, out: Any, inverses: Any, start: Any, stop: Any) -> None:
     width = x.shape[1]
     for t in range(start, stop):
@@ -36,7 +36,7 @@ def _normalize(x: Any, weight: Any, eps: Any, out: Any, inverses: Any, start: An
             out[t, i] = as_bf16(widen(x[t, i]) * inverse * weight[i])
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _pull_back(x: Any, weight: Any, inverses: Any, pulls: Any, out: Any, start: Any, stop: Any) -> None:
     width = x.shape[1]
     for t in range(start, stop):
@@ -49,7 +49,7 @@ def _pull_back(x: Any, weight: Any, inverses: Any, pulls: Any, out: Any, start: 
             out[t, i] = as_bf16(inverse * (widen(pulls[t, i]) * weight[i] - share * widen(x[t, i])))
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _lengths(x: Any, out: Any, start: Any, stop: Any) -> None:
     for t in range(start, stop):
         out[t] = np.sqrt(_squares(x[t]))

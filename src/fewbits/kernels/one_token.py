@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from fewbits.kernels.compiling import SUMS, as_float, inlined, inner, widen
+from fewbits.kernels.compiling import SUMS, as_float, inlined, inner, merged, widen
 from fewbits.kernels.memory import as_bf16, copy_bytes, pointer_to
 from fewbits.kernels.team import OWN, WORDS, compiled_work
 
@@ -59,7 +59,7 @@ def number_of(field: Any) -> Any:
     return as_float(np.uint32(field))
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _inverse_rms(values: Any, eps: Any) -> Any:
     total = np.float32(0.0)
     for i in range(values.size):
@@ -68,20 +68,20 @@ def _inverse_rms(values: Any, eps: Any) -> Any:
     return np.float32(1.0) / np.sqrt(total / np.float32(values.size) + eps)
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _add(x: Any, update: Any) -> None:
     for i in range(x.size):
         x[i] += widen(update[i])
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _add_normed(x: Any, update: Any, weight: Any, eps: Any) -> None:
     inverse = _inverse_rms(update, eps)
     for i in range(x.size):
         x[i] += widen(update[i]) * inverse * weight[i]
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _normed(x: Any, weight: Any, eps: Any, out: Any) -> None:
     inverse = _inverse_rms(x, eps)
     for i in range(x.size):
@@ -105,14 +105,14 @@ def _add_norm(address: Any, start: Any, stop: Any) -> None:
         _normed(x, weight, number_of(block[EPS]), carray(pointer_to(block[OUT_AT]), (width,), np.uint16))
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _gate_silu(gate: Any, up: Any, out: Any) -> None:
     for i in range(gate.size):
         value = widen(gate[i])
         out[i] = as_bf16(value / (np.float32(1.0) + exponential(-value)) * widen(up[i]))
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _gate_gelu(gate: Any, up: Any, out: Any) -> None:
     root = np.float32(0.7978845608028654)
     for i in range(gate.size):
@@ -147,7 +147,7 @@ def _gelu(address: Any, start: Any, stop: Any) -> None:
     _gate_gelu(gate, up, out)
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def rotated(block: Any, head: Any, position: Any, factor: Any, out: Any) -> None:
     """A head's query or key: normed if the norm has weights, its first channels rotated by halves, times `factor`."""
     width, both = block[HEAD_WIDTH], block[ROTATED]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from fewbits.kernels.compiling import inner, widen
+from fewbits.kernels.compiling import merged, widen
 from fewbits.kernels.memory import as_bf16, pointer_to
 from fewbits.kernels.one_token import (
     CAPACITY,
@@ -30,7 +30,7 @@ from fewbits.kernels.team import WORDS, compiled_work
 SCALING, SHARED, WINDOW, SCRATCH_AT, OUT_AT = range(NEW_VALUES_AT + 1, NEW_VALUES_AT + 6)
 
 
-@partial(inner, fastmath=FAST)
+@partial(merged, fastmath=FAST)
 def _head(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
     """out = softmax(keys · query) · values, in bf16; scores is scratch."""
     count, width = keys.shape

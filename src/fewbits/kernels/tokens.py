@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.compiling import as_bits, as_float, inlined, inner
+from fewbits.kernels.compiling import as_bits, as_float, inlined, inner, merged
 from fewbits.kernels.decoders import BLOCK, BY_EIGHTS, BY_FOURS, NATURAL
 from fewbits.kernels.lanes import I8, I16, I64, LANES, IntSums, Sums, call, indices, load, repeat, splat, spread
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, pointer_to
@@ -136,7 +136,7 @@ def _rounded(address: Any, start: Any, stop: Any) -> None:
             _int8_codes(row, scale, carray(pointer_to(block[OUT_AT] + token * columns), (columns,), np.uint8))
 
 
-@partial(inner, fastmath=SUMS)
+@partial(merged, fastmath=SUMS)
 def _sum(values: Any) -> Any:
     total = np.float32(0.0)
     for k in range(values.size):
