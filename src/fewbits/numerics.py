@@ -6,7 +6,7 @@ independent; large weights are worked on in runs of rows that stay in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,12 +171,15 @@ def best_grid(
 
 
 def candidate_grids(
-    rows: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: Search
+    rows: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, factors: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every candidate of a search for fp32 rows [R, g] of one group each: scales and fp32 zero points [grids, R]."""
+    """The grids by each factor of the range of fp32 rows [R, g] of one group each: scales and fp32 zero points.
+
+    Returns:
+        Both [grids, R]; of symmetric grids two for each factor, the one with all levels first.
+    """
     low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
-    factors = torch.tensor(search.factors(), dtype=torch.float32)[:, None]
-    found = _candidates(low, high, factors, scheme, scale_dtype)
+    found = _candidates(low, high, torch.tensor(factors, dtype=torch.float32)[:, None], scheme, scale_dtype)
     scales, zeros = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*found, strict=True))
     return scales, zeros
 

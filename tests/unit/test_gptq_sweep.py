@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ from fewbits.kernels.quadratic import quadratic, squares
 from fewbits.numerics import candidate_grids
 from fewbits.packing import decode_codes
 from fewbits.schemes import Scheme
-from fewbits.search import Search
+from fewbits.search import SweptSearch
 from fewbits.solvers import gptq
 from fewbits.solvers.gptq_options import GptqOptions
 
@@ -45,15 +48,17 @@ def feedback_by(H: torch.Tensor, group: int) -> Feedback:
 
 
 def swept_in_fp64(
-    w: torch.Tensor, U: torch.Tensor, group: int, scheme: Scheme, scale_dtype: torch.dtype, search: Search
+    w: torch.Tensor, U: torch.Tensor, group: int, scheme: Scheme, search: SweptSearch
 ) -> tuple[list[int], list[float], list[float], float]:
     """Codes, scales, zero points and loss of one row, its columns in order: every candidate of every group is swept."""
     w, codes, scales, zeros, loss = w.double().clone(), [], [], [], 0.0
+    span = Scheme("int", scheme.bits, scheme.symmetric, group)
+    signs = 2 if scheme.symmetric else 1
     for start in range(0, len(w), group):
-        span = Scheme("int", scheme.bits, scheme.symmetric, group)
-        grids = candidate_grids(w[None, start : start + group].float(), span, scale_dtype, search)
-        tried = []
-        for scale, zero in zip(grids[0][:, 0].double(), grids[1][:, 0].double(), strict=True):
+
+        def swept(factor: float, sign: int, start: int = start, w: torch.Tensor = w) -> tuple[Any, ...]:
+            grids = candidate_grids(w[None, start : start + group].float(), span, torch.bfloat16, [factor])
+            scale, zero = grids[0][sign, 0].double(), grids[1][sign, 0].double()
             left, chosen, total = w.clone(), [], 0.0
             for j in range(start, start + group):
                 code = (left[j] / scale).round().clamp(-zero, scheme.largest_code - zero)
@@ -61,13 +66,17 @@ def swept_in_fp64(
                 left[j + 1 :] -= missed * U[j, j + 1 :]
                 chosen.append(int(code + zero))
                 total += float(missed**2)
-            tried.append((total, chosen, float(scale), float(zero), left))
-        best = min(tried, key=lambda each: each[0])
-        loss += best[0]
-        codes += best[1]
-        scales.append(best[2])
-        zeros.append(best[3])
-        w = best[4]
+            return total, factor, sign, chosen, float(scale), float(zero), left
+
+        best = min((swept(factor, sign) for factor in search.factors() for sign in range(signs)), key=itemgetter(0))
+        third = (search.factors()[0] - search.factors()[1]) / 3
+        near = [-third, -2 * third] if best[1] == 1 else [third, -third]
+        best = min(best, *(swept(best[1] + step, best[2]) for step in near), key=itemgetter(0))
+        total, _, _, chosen, scale, zero, w = best
+        loss += total
+        codes += chosen
+        scales.append(scale)
+        zeros.append(zero)
     return codes, scales, zeros, loss
 
 
@@ -81,7 +90,7 @@ def test_each_group_of_each_row_keeps_the_grid_whose_sweep_loses_least(
     U = torch.linalg.cholesky(torch.linalg.inv(H.double()), upper=True)
     order = torch.arange(width).view(4, group).flip(0).reshape(-1)
     scales, zeros = torch.empty(rows, 4), torch.empty(rows, 4, dtype=torch.uint8)
-    search = Search(steps=5, narrowest=0.7)
+    search = SweptSearch(steps=3, narrowest=0.7)
     # So few columns are one block.
     chosen = choose_rows(
         W, order, feedback_by(H, group), None, scheme, torch.bfloat16, search, 3, scales, zeros
@@ -90,7 +99,7 @@ def test_each_group_of_each_row_keeps_the_grid_whose_sweep_loses_least(
     assert chosen.scales is scales and chosen.zeros is zeros
     same = 0
     for row in range(rows):
-        exact = swept_in_fp64(W[row, order], U, group, scheme, torch.bfloat16, search)
+        exact = swept_in_fp64(W[row, order], U, group, scheme, search)
         # A weight within fp32's error of a half may fall on the other side, after which its row goes its own way.
         if codes[row, order].tolist() == exact[0]:
             same += 1
@@ -197,7 +206,7 @@ def test_rows_come_out_the_same_however_they_are_split() -> None:
     def solved(part: torch.Tensor) -> list[torch.Tensor]:
         scales, zeros = torch.empty(len(part), 101), torch.empty(len(part), 101, dtype=torch.uint8)
         chosen = choose_rows(
-            part, order, feedback, curvature, scheme, torch.bfloat16, Search(2, 0.9), 3, scales, zeros
+            part, order, feedback, curvature, scheme, torch.bfloat16, SweptSearch(2, 0.9), 3, scales, zeros
         )  # fmt: skip
         told = [chosen.codes, chosen.losses, scales, zeros, chosen.missed]
         return [*told, quadratic(chosen.missed, order, H), norms(chosen.missed, order, feedback)]

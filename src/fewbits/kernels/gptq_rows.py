@@ -23,7 +23,7 @@ from fewbits.kernels.lanes import LANES
 from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.turned import turn_rows
 from fewbits.schemes import Scheme
-from fewbits.search import Search
+from fewbits.search import SweptSearch
 
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -120,7 +120,7 @@ def choose_rows(
     curvature: Curvature | None,
     scheme: Scheme,
     scale_dtype: torch.dtype,
-    candidates: Search | None,
+    candidates: SweptSearch | None,
     passes: int,
     scales: torch.Tensor,
     zeros: torch.Tensor,
@@ -138,16 +138,21 @@ def choose_rows(
     """
     codes, missed = torch.empty(W.shape, dtype=torch.uint8), torch.empty(W.shape)
     losses = torch.empty(len(W), dtype=torch.float64)
-    factors: Sequence[float] = () if candidates is None else candidates.factors()
+    factors, nearby = ([], []) if candidates is None else (candidates.factors(), candidates.nearby())
+    top_code = np.float32(scheme.largest_code)
     given = (
         W.contiguous().numpy(), order.numpy().view(np.uint64), (feedback.far, feedback.inverse), _arrays(curvature),
         scheme.group_size or W.shape[1], scheme.group_size or feedback.block,
-        (np.array(factors, np.float32), scheme.symmetric, *ROUNDING[STORED[scale_dtype]]),
-        np.float32(scheme.largest_code), 0 if curvature is None else passes, scales.numpy(), zeros.numpy(),
+        (_fp32(factors), _fp32(nearby), (scheme.symmetric, top_code, *ROUNDING[STORED[scale_dtype]])),
+        top_code, 0 if curvature is None else passes, scales.numpy(), zeros.numpy(),
         codes.numpy(), losses.numpy(), missed.numpy(),
     )  # fmt: skip
     over_runs(len(W), W.shape[1], lambda begin, end: _choose(*given, begin, end))
     return ChosenRows(codes, scales, zeros, losses, missed)
+
+
+def _fp32(numbers: Sequence[float]) -> Array:
+    return np.array(numbers, np.float32)
 
 
 def _arrays(curvature: Curvature | None) -> tuple[Array, Array]:

@@ -9,7 +9,6 @@ step. Rows are independent: the result does not depend on how they are split.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import copy_matrix
 from fewbits.kernels.search import asymmetric_grid, covering, symmetric_grid
 
-# What is known of each row's group beyond its grid (lane_columns): the range, and the best grid so far.
-LOWEST, HIGHEST, WIDE, NARROW, LEAST, BEST, BEST_ZERO = range(GRID_ROWS, GRID_ROWS + 7)
-LANE_ROWS = GRID_ROWS + 7
+# What is known of each row's group beyond its grid (lane_columns): the range and the scales that cover it, the
+# candidate that is tried, a factor of the range and a sign (1: that which lets all levels serve), and the best so far.
+LOWEST, HIGHEST, WIDE, NARROW, FACTOR, SIGN, CENTER, LEAST, BEST_FACTOR, BEST_SIGN = range(GRID_ROWS, GRID_ROWS + 10)
+LANE_ROWS = GRID_ROWS + 10
 _sweep_some, _sweep_one = sweep_columns(COLUMNS), sweep_columns(1)
 
 
@@ -59,7 +59,7 @@ def _sweep_group(local: Any, factor: Any, start: Any, lanes: Any, codes: Any, er
         first += some
 
 
-@partial(inner, fastmath={"contract"})
+@inner
 def _ranges(columns: Any, lanes: Any, symmetric: Any, top_code: Any) -> None:
     for lane in range(ROWS):
         lanes[LOWEST, lane] = np.float32(0.0)
@@ -76,12 +76,18 @@ def _ranges(columns: Any, lanes: Any, symmetric: Any, top_code: Any) -> None:
 
 
 @inner
-def _take_candidate(
-    lanes: Any, symmetric: Any, extreme_first: Any, factor: Any, top_code: Any, dropped: Any, smallest: Any, most: Any
-) -> None:
+def _take_candidate(lanes: Any, kind: Any) -> None:
+    """The grid of each row's factor and sign."""
+    symmetric, top_code, dropped, smallest, most = kind
     for lane in range(ROWS):
-        lowest, highest, wide = lanes[LOWEST, lane], lanes[HIGHEST, lane], lanes[WIDE, lane]
+        lowest, highest, wide, factor = (
+            lanes[LOWEST, lane],
+            lanes[HIGHEST, lane],
+            lanes[WIDE, lane],
+            lanes[FACTOR, lane],
+        )
         if symmetric:
+            extreme_first = lanes[SIGN, lane] > np.float32(0.0)
             span = wide if extreme_first else lanes[NARROW, lane]
             scale = symmetric_grid(lowest, highest, span * factor, extreme_first, dropped, smallest, most)
             zero = (top_code + np.float32(1.0)) / np.float32(2.0)
@@ -93,34 +99,46 @@ def _take_candidate(
 
 
 @inner
-def _keep_better(lanes: Any, is_first: Any) -> None:
+def _try_candidate(
+    columns: Any, local: Any, factor: Any, start: Any, kind: Any, lanes: Any, codes: Any, errors: Any, is_first: Any
+) -> None:
+    """Sweep a copy of a group's columns with each row's factor and sign, and keep these where they are the best."""
+    _take_candidate(lanes, kind)
+    copy_matrix(local, columns)
+    _sweep_group(local, factor, start, lanes, codes, errors)
     for lane in range(ROWS):
         better = is_first or lanes[LOSS, lane] < lanes[LEAST, lane]
         lanes[LEAST, lane] = lanes[LOSS, lane] if better else lanes[LEAST, lane]
-        lanes[BEST, lane] = lanes[SCALE, lane] if better else lanes[BEST, lane]
-        lanes[BEST_ZERO, lane] = -lanes[LOW, lane] if better else lanes[BEST_ZERO, lane]
+        lanes[BEST_FACTOR, lane] = lanes[FACTOR, lane] if better else lanes[BEST_FACTOR, lane]
+        lanes[BEST_SIGN, lane] = lanes[SIGN, lane] if better else lanes[BEST_SIGN, lane]
 
 
-@partial(inner, fastmath={"contract"})
+@inner
 def _find_grid(
-    columns: Any, local: Any, factor: Any, start: Any, factors: Any, symmetric: Any, top_code: Any, dropped: Any,
-    smallest: Any, most: Any, lanes: Any, codes: Any, errors: Any,
+    columns: Any, local: Any, factor: Any, start: Any, factors: Any, nearby: Any, kind: Any, lanes: Any, codes: Any,
+    errors: Any,
 ) -> None:  # fmt: skip
     """Sweep the columns of a group with every candidate grid, and leave the best one in `lanes`."""
+    symmetric, top_code = kind[0], kind[1]
     _ranges(columns, lanes, symmetric, top_code)
-    kinds = 2 if symmetric and top_code > np.float32(1.0) else 1
-    for candidate in range(len(factors) * kinds):
-        factor_of_range = factors[candidate // kinds]
-        _take_candidate(
-            lanes, symmetric, candidate % kinds == 0, factor_of_range, top_code, dropped, smallest, most
-        )  # fmt: skip
-        copy_matrix(local, columns)
-        _sweep_group(local, factor, start, lanes, codes, errors)
-        _keep_better(lanes, candidate == 0)
+    signs = 2 if symmetric and top_code > np.float32(1.0) else 1
+    for candidate in range(len(factors) * signs):
+        for lane in range(ROWS):
+            lanes[FACTOR, lane] = factors[candidate // signs]
+            lanes[SIGN, lane] = np.float32(1 - candidate % signs)
+        _try_candidate(columns, local, factor, start, kind, lanes, codes, errors, candidate == 0)
     for lane in range(ROWS):
-        lanes[SCALE, lane] = lanes[BEST, lane]
-        lanes[LOW, lane] = -lanes[BEST_ZERO, lane]
-        lanes[HIGH, lane] = top_code - lanes[BEST_ZERO, lane]
+        lanes[CENTER, lane] = lanes[BEST_FACTOR, lane]
+        lanes[SIGN, lane] = lanes[BEST_SIGN, lane]
+    for step in nearby:
+        for lane in range(ROWS):
+            wanted, other = lanes[CENTER, lane] + step, lanes[CENTER, lane] - np.float32(2.0) * step
+            lanes[FACTOR, lane] = wanted if wanted <= np.float32(1.0) else other
+        _try_candidate(columns, local, factor, start, kind, lanes, codes, errors, False)
+    for lane in range(ROWS):
+        lanes[FACTOR, lane] = lanes[BEST_FACTOR, lane]
+        lanes[SIGN, lane] = lanes[BEST_SIGN, lane]
+    _take_candidate(lanes, kind)
 
 
 @inner
@@ -158,13 +176,14 @@ def sweep_panel(
     Args:
         feedback: the arrays `far` and `inverse` of one. group: columns that share a scale. step: those that are swept
             with each candidate before the next ones.
-        candidates: (factors of the range, symmetric, *what `stored_scale` takes); without factors `grids` are given.
+        candidates: (factors of the range, what is added to the best one of them, (symmetric, top code, *what
+            `stored_scale` takes)); without factors `grids` are given.
         grids: fp32 [runs, groups, 2, ROWS], scales and zero points, written where there are candidates.
         codes: uint8 [runs, K, ROWS], written. missed: KEPT [runs, more than K, ROWS], zeros: errors over U's diagonal,
             written. losses: fp64 [runs, ROWS], added to.
     """
     far, inverse = feedback
-    factors, symmetric, dropped, smallest, most = candidates
+    factors, nearby, kind = candidates
     runs, width, _ = panels.shape
     stride, block = np.int64(far.strides[0]), inverse.shape[1]
     kept = np.zeros((runs, far.shape[1], ROWS), KEPT)
@@ -184,8 +203,8 @@ def sweep_panel(
                 grid = grids[run, (top + start) // group]
                 if len(factors) > 0:
                     _find_grid(
-                        columns[start:stop], local[: stop - start], factor, start, factors, symmetric, top_code,
-                        dropped, smallest, most, lanes, coded, errors[start:stop],
+                        columns[start:stop], local[: stop - start], factor, start, factors, nearby, kind, lanes, coded,
+                        errors[start:stop],
                     )  # fmt: skip
                     _keep_grid(lanes, grid)
                 else:

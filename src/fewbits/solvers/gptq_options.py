@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewbits.numerics import Search
+from fewbits.search import Search, SweptSearch
 from fewbits.solvers import coupled
 from fewbits.solvers.factorization import DAMPING
 
 # Of scales that are fixed beforehand, by rounding errors weighted with diag(H).
 DEFAULT_SEARCH = Search(steps=31, narrowest=0.8, power=2)
 # Of scales that are tried by sweeping: each candidate costs a sweep of its group.
-SWEPT_SEARCH = Search(steps=8, narrowest=0.8)
+SWEPT_SEARCH = SweptSearch(steps=4, narrowest=0.8)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GptqOptions:
 
     ordered: bool = True
     search: Search = DEFAULT_SEARCH
-    swept: Search | None = SWEPT_SEARCH
+    swept: SweptSearch | None = SWEPT_SEARCH
     passes: int = 2
     damping: float = DAMPING
     coupling_damping: float = coupled.DAMPING
