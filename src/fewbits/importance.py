@@ -24,7 +24,7 @@ from fewbits.drawn_head import DrawnHead
 from fewbits.errors import CalibrationError
 from fewbits.layers import LinearLayer
 from fewbits.norms import row_lengths
-from fewbits.output_grams import OutputGram
+from fewbits.output_grams import OutputGram, is_taken
 from fewbits.pass_memory import MEMORY_LIMIT
 from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
@@ -264,7 +264,7 @@ class _Gradients:
         outputs = gradient.shape[1]
         norm = row_lengths(gradient)
         self._weights[name][micro_batch.tokens] += (norm.square() / outputs).cpu()
-        if name in self._coupled:
+        if name in self._coupled and is_taken(micro_batch.index, len(self._weights[name])):
             if name not in self.output_grams:
                 self.output_grams[name] = OutputGram(outputs, gradient.device)
             self.output_grams[name].add(gradient, norm)

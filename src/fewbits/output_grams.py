@@ -3,6 +3,7 @@
 G = Σ gₜ gₜᵀ / ‖gₜ‖ over tokens, gₜ the loss's gradient at the outputs. As with inputs (`token_weights.py`), the root
 tames the few tokens that would make up most of the sum. Outputs far apart are taken as uncoupled: only blocks along
 the diagonal are kept (`coupled_runs.py`), so that memory grows with the number of outputs, not with its square.
+Of long texts a share of the tokens serves, evenly spread: ENOUGH say who is coupled with whom.
 Source: Tseng et al. 2025, arXiv 2505.22988 (YAQA); differs by the root and the blocks.
 """
 
@@ -10,8 +11,17 @@ from __future__ import annotations
 
 import torch
 
-from fewbits.coupled_runs import coupled_runs
+from fewbits.coupled_runs import COUPLED, coupled_runs
 from fewbits.statistics import StatisticsAccumulator
+
+# Tokens that an output Gram is made of, at least, where there are as many: from 30 for each output on, it needs no more
+# damping than its least (docs/methods/gptq.md).
+ENOUGH = 32 * COUPLED
+
+
+def is_taken(micro_batch: int, tokens: int) -> bool:
+    """Whether output Grams take up a micro-batch, by its number, of so many tokens in all."""
+    return micro_batch % max(1, tokens // ENOUGH) == 0
 
 
 def split(flat: torch.Tensor, outputs: int) -> list[torch.Tensor]:

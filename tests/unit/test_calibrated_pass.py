@@ -309,12 +309,14 @@ def gradients_of(whole: PreTrainedModel, layers: Sequence[LinearLayer], seed: in
     return found
 
 
-@pytest.mark.parametrize("memory_limit", [1 << 30, 0], ids=["memory", "file"])
+@pytest.mark.parametrize(("memory_limit", "every"), [(1 << 30, 1), (0, 2)], ids=["memory", "file"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_importance_and_output_grams_are_those_of_the_whole_models_gradients(
-    architecture: str, memory_limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, memory_limit: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Importance is every token's; output Grams are of each micro-batch, or of each second one where that is enough."""
     monkeypatch.setattr("fewbits.coupled_runs.COUPLED", 24)
+    monkeypatch.setattr("fewbits.output_grams.ENOUGH", IDS.numel() // every)
     path = save_tiny(tmp_path / "model", architecture, torch.float32)
     grams: dict[str, torch.Tensor] = {}
     blocks: list[int] = []
@@ -338,7 +340,7 @@ def test_importance_and_output_grams_are_those_of_the_whole_models_gradients(
     assert blocks == sorted(blocks, reverse=True)
     assert set(grams) == {layer.name for layer in plain[1:]}
     for layer in plain[1:]:
-        rows = gradients[layer.name]
+        rows = torch.cat(gradients[layer.name].split(MICRO_BATCH * IDS.shape[1])[::every])
         norm = rows.norm(dim=1, keepdim=True)
         G = (rows / norm.clamp_min(1e-300)).T @ rows
         runs = coupled_runs(layer.out_features)
