@@ -158,7 +158,7 @@ def _rows(
             if norms[r] != norms[r]:
                 continue
         if codes.size > 0:
-            codes[r] = own[:columns]
+            copy_numbers(codes[r], own)
         if words.size > 0:
             _pack(own, words[r], bits)
 
