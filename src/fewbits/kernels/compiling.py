@@ -44,8 +44,8 @@ def inner(function: Function) -> Function:
 def merged(function: Function, fastmath: set[str] | bool = False) -> Function:
     """Compile as `inner` does, but as a part of each function that calls it.
 
-    What has fastmath has to be: else there would be two of it, optimized once and twice, and a first run would take the
-    one, runs that read from the disk the other, whose last bits differ.
+    What has fastmath has to be, and so has all between that and an entry: else there would be two of it, optimized once
+    and twice, and a first run would take the one, runs that read from the disk the other, whose last bits differ.
     """
     return cast(Function, njit(fastmath=fastmath, forceinline=True, **_UNWRAPPED)(function))
 

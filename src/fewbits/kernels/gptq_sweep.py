@@ -80,12 +80,8 @@ def _take_candidate(lanes: Any, kind: Any) -> None:
     """The grid of each row's factor and sign."""
     symmetric, top_code, dropped, smallest, most = kind
     for lane in range(ROWS):
-        lowest, highest, wide, factor = (
-            lanes[LOWEST, lane],
-            lanes[HIGHEST, lane],
-            lanes[WIDE, lane],
-            lanes[FACTOR, lane],
-        )
+        lowest, highest = lanes[LOWEST, lane], lanes[HIGHEST, lane]
+        wide, factor = lanes[WIDE, lane], lanes[FACTOR, lane]
         if symmetric:
             extreme_first = lanes[SIGN, lane] > np.float32(0.0)
             span = wide if extreme_first else lanes[NARROW, lane]
