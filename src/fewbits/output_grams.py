@@ -3,7 +3,7 @@
 G = Σ gₜ gₜᵀ / ‖gₜ‖ over tokens, gₜ the loss's gradient at the outputs. As with inputs (`token_weights.py`), the root
 tames the few tokens that would make up most of the sum. Outputs far apart are taken as uncoupled: only blocks along
 the diagonal are kept (`coupled_runs.py`), so that memory grows with the number of outputs, not with its square.
-Of long texts a share of the tokens serves, evenly spread: ENOUGH say who is coupled with whom.
+Of long texts a share of the tokens serves, evenly spread: ENOUGH of them.
 Source: Tseng et al. 2025, arXiv 2505.22988 (YAQA); differs by the root and the blocks.
 """
 
