@@ -23,6 +23,7 @@ from fewbits.block_inputs import BlockInputs
 from fewbits.drawn_head import DrawnHead
 from fewbits.errors import CalibrationError
 from fewbits.layers import LinearLayer
+from fewbits.matrix_products import KeptWeight
 from fewbits.norms import row_lengths
 from fewbits.output_grams import OutputGram, is_taken
 from fewbits.pass_memory import MEMORY_LIMIT
@@ -119,7 +120,7 @@ class _Run:
         last = len(self._skeleton.blocks) - 1
         for index in range(last):
             with self._skeleton.materialized(index) as block:
-                watch(block, _multiplied)
+                watch(block, _KeptWeights())
                 for micro_batch in self._forward.micro_batches:
                     self._note_entry(inputs, index, micro_batch)
                     self._forward.resume(micro_batch)
@@ -129,7 +130,7 @@ class _Run:
         return_free_memory()
         self._skeleton.materialize_rest(head=True)
         with self._skeleton.materialized(last) as block:
-            watch(block, _multiplied)
+            watch(block, _KeptWeights())
             for micro_batch in self._forward.micro_batches:
                 self._note_entry(inputs, last, micro_batch)
                 # What requires no gradient leaves no graph, so only the tail behind the last block does.
@@ -193,7 +194,7 @@ class _Run:
         start = next(block for block in range(index, -1, -1) if inputs.has(block))
         for block_index in range(start, index):
             with self._skeleton.materialized(block_index) as block:
-                watch(block, _multiplied)
+                watch(block, _KeptWeights())
                 for micro_batch in self._forward.micro_batches:
                     hidden = inputs.look(block_index, micro_batch.index).to(self._skeleton.device)
                     arguments = self._arguments[block_index, micro_batch.index]
@@ -217,9 +218,17 @@ class _Run:
             )
 
 
-def _multiplied(slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
-    """A product just made, in the way that gives the same bits on any number of threads."""
-    return product()
+class _KeptWeights:
+    """A watcher that makes products, in the way that gives the same bits on any number of threads, with weights that
+    are arranged for it once for all micro-batches: those of one block."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Slot, KeptWeight] = {}
+
+    def __call__(self, slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
+        if slot not in self._kept:
+            self._kept[slot] = KeptWeight(product.rows, product.bias)
+        return product(self._kept[slot])
 
 
 class _Gradients:
@@ -233,19 +242,13 @@ class _Gradients:
     ) -> None:
         self._parts, self._weights, self._coupled = parts, weights, coupled
         self.output_grams: dict[str, OutputGram] = {}
-        self._turned: dict[Slot, torch.Tensor] = {}
-
-    def _turned_of(self, slot: Slot, rows: torch.Tensor) -> torch.Tensor:
-        """A weight [out, in] as [in, out], turned once for all micro-batches."""
-        if slot not in self._turned:
-            self._turned[slot] = rows.T.contiguous()
-        return self._turned[slot]
+        self._kept = _KeptWeights()
 
     def recorder(self, micro_batch: MicroBatch) -> Callable[[Slot, torch.Tensor, Product], torch.Tensor]:
         """A watcher that adds what comes back to each linear's output."""
 
         def recorded(slot: Slot, inputs: torch.Tensor, product: Product) -> torch.Tensor:
-            output = product(lambda: self._turned_of(slot, product.rows))
+            output = self._kept(slot, inputs, product)
             wanted = self._parts.get(slot.parameter, [])
             rows = output.numel() // output.shape[-1]
             if wanted and slot.expert is None and output.requires_grad and rows == micro_batch.ids.numel():

@@ -10,6 +10,8 @@ import torch
 
 from fewbits.kernels.int8_run import ByteTiles
 from fewbits.kernels.lanes import HAS_VNNI
+from fewbits.kernels.matrix_rows_run import ByteRows
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, LINE
 from fewbits.kernels.spec import LinearWeight
 from fewbits.kernels.tokens_run import int8_tokens
 from fewbits.methods import Int8Symmetric
@@ -31,7 +33,8 @@ def rounded_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """x · weightᵀ + bias [..., rows] of bf16 x [..., in] and weight [rows, in]."""
     codes, scales = int8_tokens(weight)
     rounded = LinearWeight((codes ^ 128).view(torch.int8), scales, None, (len(weight), weight.shape[1]), _SCHEME)
-    return ByteTiles(rounded, bias)(x.flatten(0, -2)).view(*x.shape[:-1], len(weight))
+    made = ByteRows if HAS_MATRIX_UNITS and weight.shape[1] % LINE == 0 else ByteTiles
+    return made(rounded, bias)(x.flatten(0, -2)).view(*x.shape[:-1], len(weight))
 
 
 def is_close(exact: torch.Tensor, rounded: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbits.matrix_products import fits, linear
+from fewbits.matrix_products import KeptWeight, fits, linear
 
 # How a product is told: (slot, input, the product itself) → its result.
 Watcher = Callable[["Slot", torch.Tensor, "Product"], torch.Tensor]
@@ -33,11 +33,11 @@ class Product:
     bias: torch.Tensor | None
     is_plain: bool
 
-    def __call__(self, turned: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
-        """Its result. turned: as `linear` takes it."""
+    def __call__(self, kept: KeptWeight | None = None) -> torch.Tensor:
+        """Its result. kept: rows and bias, of those who make this product again."""
         fits_bias = self.bias is None or self.bias.shape == self.rows.shape[:1]
         if self.is_plain and fits_bias and fits(self.inputs, self.rows):
-            return linear(self.inputs, self.rows, self.bias, turned)
+            return linear(self.inputs, self.rows, self.bias, kept)
         return self.compute()
 
 

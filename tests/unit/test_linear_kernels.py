@@ -14,7 +14,7 @@ from fewbits.kernels import choose as choosing
 from fewbits.kernels import int8_run, token_tiles_run
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
 from fewbits.kernels.few_tokens import FewTokens
-from fewbits.kernels.int8_dynamic import Int8Tiles, OneDnnInt8
+from fewbits.kernels.int8_dynamic import Int8Rows, Int8Tiles, OneDnnInt8
 from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
 from fewbits.kernels.tiles import Tiles
 from fewbits.schemes import Scheme
@@ -115,6 +115,17 @@ def test_int8_tiles_of_every_shape(dtype: torch.dtype) -> None:
             assert torch.equal(Int8Tiles().prepare(case.weight, case.bias)(x), int8_product(case, x)), (rows, tokens)
 
 
+@pytest.mark.skipif("matrix_units" not in CPU.features, reason="no matrix units in this processor")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_rows_of_every_shape(dtype: torch.dtype) -> None:
+    """Tiles and panels that tokens and outputs fill and don't, inputs that are copied at once and in several turns."""
+    for rows, columns in ((50, 64), (1, 128), (97, 192), (288, 2048), (67, 4160)):
+        case = make(W8A8, rows, columns)
+        for tokens in (1, 31, 32, 33, 130, 300):
+            x = activations(tokens, columns, dtype)
+            assert torch.equal(Int8Rows().prepare(case.weight, case.bias)(x), int8_product(case, x)), (rows, tokens)
+
+
 @pytest.mark.skipif("bf16_products" not in CPU.features, reason="no bf16 products on this processor")
 @pytest.mark.parametrize("group", [0, 32, 96, 1152])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -199,6 +210,8 @@ def test_the_choice_by_tokens_and_processor() -> None:
     matrices = Machine(bytes_too.features | {"matrix_units"})
     assert choose(spec(W8A8, 1024, machine=matrices)).name == "int8 tiles"
     assert choose(replace(spec(W8A8, 1024, machine=matrices), in_features=4100)).name == "oneDNN int8"
+    assert choose(replace(small, machine=matrices)).name == "int8 rows"
+    assert choose(replace(small, machine=matrices, in_features=580)).name == "int8 tiles"
     assert choose(spec(int4, 1, machine=Machine())).name == "reference"
     assert choose(spec(int4, 1, dtype=torch.float64)).name == "reference"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fewbits.matrix_products import fits, linear, product
+from fewbits.matrix_products import KeptWeight, fits, linear, product
 
 
 def factors(tokens: int, out: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +28,9 @@ def on_one_thread_and_two(run: Callable[[], torch.Tensor]) -> list[torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize(("tokens", "out", "width"), [(1, 1, 32), (5, 33, 64), (70, 97, 1056), (130, 200, 2080)])
+@pytest.mark.parametrize(
+    ("tokens", "out", "width"), [(1, 1, 32), (5, 33, 64), (70, 97, 1056), (130, 200, 2080), (300, 288, 1024)]
+)
 def test_products_are_off_by_no_more_than_rounding(tokens: int, out: int, width: int) -> None:
     x, weight = factors(tokens, out, width)
     bias = torch.arange(out).bfloat16()
@@ -42,6 +44,13 @@ def test_products_are_off_by_no_more_than_rounding(tokens: int, out: int, width:
         assert bool(((found.double() - expected).abs() <= 2.0**-8 * expected.abs() + sums).all())
     assert linear(x.view(tokens, 1, width), weight).shape == (tokens, 1, out)
     assert linear(x[:0], weight).shape == (0, out)
+
+
+def test_a_kept_weight_is_multiplied_again() -> None:
+    x, weight = factors(40, 70, 96)
+    bias, kept = torch.arange(70).bfloat16(), KeptWeight(weight, torch.arange(70).bfloat16())
+    for some in (x, x[:3]):
+        assert torch.equal(linear(some, weight, bias, kept), linear(some, weight, bias))
 
 
 @pytest.mark.parametrize(("tokens", "out", "width"), [(512, 576, 576), (2048, 1536, 576), (512, 576, 1536)])
@@ -59,12 +68,12 @@ def test_one_thread_and_two_give_the_same_bits(tokens: int, out: int, width: int
     assert torch.equal(*on_one_thread_and_two(gradient))
 
 
-@pytest.mark.parametrize("keeps_turned", [False, True])
-def test_gradients_are_those_of_pytorch(keeps_turned: bool) -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_gradients_are_those_of_pytorch(keeps: bool) -> None:
     x, weight = factors(40, 96, 64)
     pull = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    linear(ours, weight, None, (lambda: weight.T.contiguous()) if keeps_turned else None).backward(pull)
+    linear(ours, weight, None, KeptWeight(weight, None) if keeps else None).backward(pull)
     functional.linear(theirs, weight).backward(pull)
     assert ours.grad is not None and theirs.grad is not None
     assert torch.allclose(ours.grad.float(), theirs.grad.float(), rtol=2**-7, atol=2**-7)

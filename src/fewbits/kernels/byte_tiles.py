@@ -1,4 +1,4 @@
-"""Compiled products of rows as they are stored, in tiles (kernels.tile_rows): int8 for W8A8, and bf16.
+"""Compiled products of rows of int8 weights as they are stored, in tiles (kernels.tile_rows), for W8A8.
 
 Processors multiply unsigned by signed bytes, so int8 activations come as code + 128, and a row's sums begin with
 −128 · Σ w. Sums of bytes are exact int32.
@@ -40,10 +40,10 @@ def _make_ready(decoder: Any, fields: Any, row: Any, first: Any, last: Any, out_
 
 
 @cache
-def word_tiles(vectors: int, of_bytes: bool, in_matrices: bool) -> Any:
-    """The compiled work for rows that are multiplied as they are stored, bytes or bf16 numbers."""
+def byte_tiles(vectors: int, in_matrices: bool) -> Any:
+    """The compiled work."""
 
     def work(block: Any, start: Any, stop: Any) -> None:
-        multiply_rows(None, tile_of(vectors, of_bytes, in_matrices), block, start, stop)
+        multiply_rows(None, tile_of(vectors, True, in_matrices), block, start, stop)
 
     return compiled_work(work)

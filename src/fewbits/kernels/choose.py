@@ -7,7 +7,7 @@ from functools import lru_cache
 from fewbits.errors import KernelError
 from fewbits.kernels.cuda import CudaFp8, CudaInt8
 from fewbits.kernels.few_tokens import FewTokens
-from fewbits.kernels.int8_dynamic import FloatInt8, Int8FewTokens, Int8Tiles, OneDnnInt8
+from fewbits.kernels.int8_dynamic import FloatInt8, Int8FewTokens, Int8Rows, Int8Tiles, OneDnnInt8
 from fewbits.kernels.panels import Panels
 from fewbits.kernels.reference import Reference
 from fewbits.kernels.spec import Kernel, LinearSpec
@@ -19,6 +19,7 @@ KERNELS: tuple[Kernel, ...] = (
     CudaInt8(),
     TritonInt4(),
     Int8FewTokens(),
+    Int8Rows(),
     Int8Tiles(),
     OneDnnInt8(),
     FewTokens(),

@@ -55,6 +55,28 @@ class Int8FewTokens:
         return FewTokensInt8(weight, bias)
 
 
+class Int8Rows:
+    """Compiled products in matrix units, of activations as they lie and a second copy of the codes, arranged for them."""
+
+    name = "int8 rows"
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        if (reason := _why_not_compiled(spec)) is not None:
+            return reason
+        if "matrix_units" not in spec.machine.features:
+            return "needs a processor with matrix units (AMX)"
+        if spec.in_features % LINE:
+            return f"takes inputs by {LINE}, not {spec.in_features}"
+        if spec.in_features * spec.out_features > MOST_WEIGHTS:
+            return f"no faster than int8 tiles above 2^{MOST_WEIGHTS.bit_length() - 1} weights, and keeps them twice"
+        return None
+
+    def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:
+        from fewbits.kernels.matrix_rows_run import ByteRows
+
+        return ByteRows(weight, bias)
+
+
 class Int8Tiles:
     """Compiled products over the codes as files hold them, in tiles of sums that stay in registers."""
 

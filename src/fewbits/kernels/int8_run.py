@@ -8,7 +8,7 @@ from fewbits.kernels import dot_bytes, scale_sums
 from fewbits.kernels import tile_rows as rows
 from fewbits.kernels import token_words as words
 from fewbits.kernels import tokens as tokens_work
-from fewbits.kernels.byte_tiles import word_tiles
+from fewbits.kernels.byte_tiles import byte_tiles
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
@@ -86,7 +86,7 @@ class ByteTiles(CompiledLinear):
         tokens = x.shape[0]
         vectors = tile_vectors(tokens)
         if vectors not in self._works:
-            self._works[vectors] = Work(word_tiles(vectors, True, self._in_matrices), self._fields, multiple=PIECE_ROWS)
+            self._works[vectors] = Work(byte_tiles(vectors, self._in_matrices), self._fields, multiple=PIECE_ROWS)
         lanes = LANES * vectors
         codes, scales = torch.empty(x.shape, dtype=torch.uint8), token_scales(tokens)
         arranged = torch.empty((-(-tokens // lanes), self._width, lanes), dtype=torch.int32)

@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fewbits.kernels.lanes import I64, LANES
-from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, add_tiles, begin_tiles, end_tiles
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, PAIRS, add_tiles, begin_tiles, end_tiles
 
 
 def _where_there_are_matrix_units(emit: Callable[[Any], None]) -> Any:
@@ -50,7 +50,7 @@ def add_matrices(rows: int, columns: int, begun: bool) -> Callable[..., Any]:
                 return ir.Constant(I64, 0)
             left, left_stride, right, right_stride, turns, sums, stride = arguments
             add_tiles(
-                builder, False, rows // LANES, columns // LANES, left, left_stride, right, right_stride, turns, sums,
+                builder, PAIRS, rows // LANES, columns // LANES, left, left_stride, right, right_stride, turns, sums,
                 stride, ir.Constant(ir.IntType(1), begun),
             )  # fmt: skip
             return ir.Constant(I64, rows)

@@ -19,6 +19,8 @@ from fewbits.kernels.lanes import I8, I64, LANES, call, repeat
 
 # Bytes of a row of a tile.
 LINE = 64
+# What is multiplied: bf16 pairs, or bytes of rows with those of tokens, either of which are signed.
+PAIRS, SIGNED_BY_UNSIGNED, UNSIGNED_BY_SIGNED = "tdpbf16ps", "tdpbsud", "tdpbusd"
 # Linux' arch_prctl on x86-64, its request for permission, and what is asked for: tiles' data.
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 _VOID = ir.VoidType()
@@ -56,11 +58,10 @@ def _move(builder: Any, name: str, tile: int, address: Any, stride: Any) -> None
 
 
 def add_tiles(
-    builder: Any, of_bytes: bool, height: int, width: int, rows: Any, row_stride: Any, tokens: Any, token_stride: Any,
+    builder: Any, kind: str, height: int, width: int, rows: Any, row_stride: Any, tokens: Any, token_stride: Any,
     turns: Any, sums: Any, sum_stride: Any, begun: Any,
 ) -> None:  # fmt: skip
     """Sums += `height` by `width` tiles, at most 2 by 2, over 16 words a turn, or begin with nothing if not `begun`."""
-    product = "llvm.x86.tdpbsud" if of_bytes else "llvm.x86.tdpbf16ps"
     places = [(r, t) for r in range(height) for t in range(width)]
     first_row, first_token = len(places), len(places) + height
 
@@ -80,7 +81,7 @@ def add_tiles(
             _move(builder, "llvm.x86.tileloadd64", first_row + r, at, row_stride)
         for number, (r, t) in enumerate(places):
             operands = [ir.Constant(I8, place) for place in (number, first_row + r, first_token + t)]
-            call(builder, product, _VOID, operands)
+            call(builder, f"llvm.x86.{kind}", _VOID, operands)
         return []
 
     with builder.if_else(begun) as (then, otherwise):

@@ -41,7 +41,8 @@ def _as_float(builder: Any, values: Any) -> Any:
     return values
 
 
-_ROUNDED = {BFLOAT16: _as_bf16, FLOAT16: _as_half, FLOAT32: _as_float}
+# 16 fp32 numbers as those of a dtype.
+ROUNDED = {BFLOAT16: _as_bf16, FLOAT16: _as_half, FLOAT32: _as_float}
 
 
 def _turned_as_pairs(builder: Any, rows: list[Any]) -> list[Any]:
@@ -83,7 +84,7 @@ def _finish(
         if kind == BFLOAT16 and HAS_BF16:
             columns = _turned_as_pairs(builder, rows)
         else:
-            columns = turned(builder, [_ROUNDED[kind](builder, row) for row in rows])
+            columns = turned(builder, [ROUNDED[kind](builder, row) for row in rows])
         for t, outputs in enumerate(columns):
             at = builder.add(out, builder.mul(out_stride, ir.Constant(I64, t)))
             builder.store(outputs, builder.inttoptr(at, outputs.type.as_pointer()), align=1)

@@ -16,7 +16,15 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from fewbits.kernels.lanes import I32, I64, LANES, PAIRS_OF_BF16, ByteLanes, IntSums, Sums, call, load, repeat, spread
-from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, LINE, add_tiles, begin_tiles, end_tiles
+from fewbits.kernels.matrix_units import (
+    HAS_MATRIX_UNITS,
+    LINE,
+    PAIRS,
+    SIGNED_BY_UNSIGNED,
+    add_tiles,
+    begin_tiles,
+    end_tiles,
+)
 from fewbits.kernels.strips import add_products_of_pairs
 
 # Rows of a block that a thread works on, the bytes of inputs that it holds of each, and what the pieces of rows that
@@ -129,7 +137,7 @@ def _add_in_matrices(builder: Any, tile: Tile, weights: Any, x: Any, words: Any,
     for v in range(0, tile.vectors, 2):
         across = ir.Constant(I64, LINE * v)
         add_tiles(
-            builder, tile.of_bytes, MATRIX_ROWS // LANES, min(2, tile.vectors - v), weights, ir.Constant(I64, STRIDE),
+            builder, SIGNED_BY_UNSIGNED if tile.of_bytes else PAIRS, MATRIX_ROWS // LANES, min(2, tile.vectors - v), weights, ir.Constant(I64, STRIDE),
             builder.add(x, across), stride, turns, builder.add(sums, across), stride, begun,
         )  # fmt: skip
 

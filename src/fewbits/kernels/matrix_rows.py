@@ -1,0 +1,125 @@
+"""Products in matrix units of many tokens: rows of activations as they lie, times weights arranged by their outputs.
+
+Tiles (kernels.tile_rows) take rows of weights and arrange tokens, and have to turn what comes out. Here 32 outputs lie
+side by side, word by word of their inputs (kernels.token_words and kernels.column_pairs arrange them), and a token's
+outputs are written as they come. That pays where a weight is arranged once for many tokens.
+
+A thread takes up to ROWS tokens and a panel of outputs that its second-level cache holds; the next tokens meet the
+same panel. Sums are made in one order, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from fewbits.kernels.compiling import inner
+from fewbits.kernels.lanes import I64
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, PAIRS, UNSIGNED_BY_SIGNED, add_tiles
+from fewbits.kernels.memory import FLOAT32, copy_bytes, pointer_to
+from fewbits.kernels.row_outputs import OUTPUTS, finish_rows
+from fewbits.kernels.team import OWN, WORDS, compiled_work
+from fewbits.kernels.tile_sums import begin, end, tile_of
+
+# The fields of a block; a row of it is some tokens and a panel. X_AT: rows of X_WORDS words, a token each. SOME: tokens
+# taken at once. WEIGHT_AT: [panels of PANEL or fewer, X_WORDS, OUTPUTS] words. SCALES_AT, BIAS_AT: fp32, SUMS_BEGIN_AT:
+# int32, by output up to the end of its panel; X_SCALES_AT: fp32 by token. OUT_AT: rows of WIDTH outputs.
+(
+    X_AT, X_WORDS, TOKENS, SOME, WEIGHT_AT, PANEL, WIDTH, SCALES_AT, BIAS_AT, SUMS_BEGIN_AT, X_SCALES_AT, OUT_AT,
+    OUT_KIND,
+) = range(OWN, OWN + 13)  # fmt: skip
+# Tokens at once at most, and those of a tile.
+ROWS, TILE = 128, 32
+# Words of a row that are multiplied with all outputs of a panel before the next, and what their number is a multiple of.
+TURN, CHUNK = 16, 512
+# Bytes of a row of sums, of 32 outputs, and from one row of activations to the next: a line more than it has, so that
+# rows don't fall on the same lines of a cache.
+LINE, STRIDE = 4 * OUTPUTS, 4 * CHUNK + 64
+
+
+@inner
+def _copy_rows(fields: Any, token: Any, count: Any, first: Any, last: Any, ready: Any) -> None:
+    """Words of some tokens, close together."""
+    at = fields[X_AT] + 4 * (token * fields[X_WORDS] + first)
+    for row in range(count):
+        copy_bytes(ready + row * STRIDE, at + 4 * row * fields[X_WORDS], 4 * (last - first))
+
+
+@inner
+def _write(tile: Any, fields: Any, token: Any, count: Any, column: Any, sums: Any, room: Any) -> None:
+    """Sums of some tokens and 32 outputs, to where they belong."""
+    width = 4 if fields[OUT_KIND] == FLOAT32 else 2
+    first, stride = column * OUTPUTS, width * fields[WIDTH]
+    out = fields[OUT_AT] + token * stride + width * first
+    there = min(OUTPUTS, fields[WIDTH] - first)
+    place, apart = (out, stride) if there == OUTPUTS else (room, np.int64(LINE))
+    by_output = 4 * first
+    finish_rows(
+        tile, fields[OUT_KIND], sums, fields[SCALES_AT] + by_output, fields[BIAS_AT] + by_output,
+        fields[SUMS_BEGIN_AT] + by_output, fields[X_SCALES_AT] + 4 * token, place, apart, np.int64(count),
+    )  # fmt: skip
+    if there < OUTPUTS:
+        for row in range(count):
+            copy_bytes(out + row * stride, room + row * LINE, width * there)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _add(typing_context: Any, tile: Any, rows: Any, weight: Any, turns: Any, sums: Any, begun: Any) -> Any:
+    """Sums += 32 rows · a panel's 32 outputs over 16 words a turn, at addresses; written anew if not `begun`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if HAS_MATRIX_UNITS:
+            _, rows, weight, turns, sums, begun = arguments
+            kind = UNSIGNED_BY_SIGNED if signature.args[0].of_bytes else PAIRS
+            line = ir.Constant(I64, LINE)
+            stride = ir.Constant(I64, STRIDE)
+            add_tiles(builder, kind, 2, 2, rows, stride, weight, line, turns, sums, line, begun)
+        return context.get_dummy_value()
+
+    return types.none(tile, *[types.int64] * 4, types.boolean), generate
+
+
+@inner
+def _multiply(tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> None:
+    words, tiles = fields[X_WORDS], (fields[WIDTH] + OUTPUTS - 1) // OUTPUTS
+    runs = (fields[TOKENS] + fields[SOME] - 1) // fields[SOME]
+    chunks, turns = (words + CHUNK - 1) // CHUNK, words // TURN
+    some = (turns + chunks - 1) // chunks * TURN
+    ready = (memory.ctypes.data + 63) // 64 * 64
+    room = ready + ROWS * STRIDE
+    first_sums = room + ROWS * LINE
+    # Sums wait for the next words of a row; if there are none, those of all outputs can be in one place.
+    apart = ROWS * LINE if chunks > 1 else 0
+    for number in range(start, stop):
+        top, token = number // runs * fields[PANEL], number % runs * fields[SOME]
+        behind, count = min(top + fields[PANEL], tiles), min(fields[SOME], fields[TOKENS] - token)
+        for first in range(0, words, some):
+            last = min(first + some, words)
+            _copy_rows(fields, token, count, first, last, ready)
+            for column in range(top, behind):
+                weight = fields[WEIGHT_AT] + LINE * (column * words + first)
+                sums = first_sums + (column - top) * apart
+                for row in range(0, count, TILE):
+                    _add(tile, ready + row * STRIDE, weight, (last - first) // TURN, sums + row * LINE, first != 0)
+                if last == words:
+                    _write(tile, fields, token, count, column, sums, room)
+
+
+@cache
+def matrix_rows(of_bytes: bool) -> Any:
+    """The compiled work, of bf16 numbers, or of unsigned bytes of tokens and signed ones of weights."""
+
+    def work(address: Any, start: Any, stop: Any) -> None:
+        tile, fields = tile_of(2, of_bytes, True), carray(pointer_to(address), (WORDS,), np.int64)
+        waiting = fields[PANEL] if fields[X_WORDS] > CHUNK else 1
+        begin(tile)
+        # Handed over rather than used here: it lives as long as the call.
+        _multiply(tile, fields, start, stop, np.empty(64 + ROWS * (STRIDE + LINE * (1 + waiting)), np.uint8))
+        end(tile)
+
+    return compiled_work(work)

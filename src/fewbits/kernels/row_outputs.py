@@ -1,0 +1,86 @@
+"""The outputs of products of rows (kernels.matrix_rows): sums [tokens, 32] scaled and rounded to the activations' dtype.
+
+y = sum · scale of the token · scale of the output + bias, in fp32 and in that order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fewbits.kernels.compiling import inner
+from fewbits.kernels.lanes import F32, HAS_BF16, I64, LANES, IntSums, Sums, load, repeat, rounded, spread
+from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32
+from fewbits.kernels.tile_outputs import ROUNDED
+
+# Outputs beside each other, and vectors of them.
+OUTPUTS = 32
+_HALVES = range(OUTPUTS // LANES)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _finish(
+    typing_context: Any, tile: Any, kind: Any, sums: Any, scales: Any, biases: Any, begins: Any, token_scales: Any,
+    out: Any, stride: Any, rows: Any,
+) -> Any:  # fmt: skip
+    if not isinstance(kind, types.Literal):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        of_bytes, kind = signature.args[0].of_bytes, signature.args[1].literal_value
+        sums, scales, biases, begins, token_scales, out, stride, rows = arguments[2:]
+        shifts = [ir.Constant(I64, 4 * LANES * half) for half in _HALVES]
+
+        def vectors(address: Any, vector: ir.VectorType = Sums.vector) -> list[Any]:
+            return [load(builder, builder.add(address, shift), vector) for shift in shifts]
+
+        bias = vectors(biases)
+        by_output, starts = (vectors(scales), vectors(begins, IntSums.vector)) if of_bytes else ([], [])
+
+        def body(row: Any, carried: list[Any]) -> list[Any]:
+            at = builder.add(sums, builder.mul(row, ir.Constant(I64, 4 * OUTPUTS)))
+            values = vectors(at, IntSums.vector if of_bytes else Sums.vector)
+            if of_bytes:
+                place = builder.add(token_scales, builder.mul(row, ir.Constant(I64, 4)))
+                of_token = spread(builder, load(builder, place, F32))
+                for half in _HALVES:
+                    total = builder.sitofp(builder.add(values[half], starts[half]), Sums.vector)
+                    values[half] = builder.fmul(builder.fmul(total, of_token), by_output[half])
+            values = [builder.fadd(value, added) for value, added in zip(values, bias, strict=True)]
+            place = builder.add(out, builder.mul(row, stride))
+            if kind == BFLOAT16 and HAS_BF16:
+                stored = [rounded(builder, values)]
+            else:
+                stored = [ROUNDED[kind](builder, value) for value in values]
+            bits = OUTPUTS // len(stored) * (4 if kind == FLOAT32 else 2)
+            for number, part in enumerate(stored):
+                at = builder.add(place, ir.Constant(I64, number * bits))
+                builder.store(part, builder.inttoptr(at, part.type.as_pointer()), align=1)
+            return []
+
+        repeat(builder, rows, [], body)
+        return context.get_dummy_value()
+
+    return types.none(tile, kind, *[types.int64] * 8), generate
+
+
+@inner
+def finish_rows(
+    tile: Any, kind: Any, sums: Any, scales: Any, biases: Any, begins: Any, token_scales: Any, out: Any,
+    stride: Any, rows: Any,
+) -> None:  # fmt: skip
+    """Sums of `rows` tokens, at least one, at an address, to outputs at another, `stride` bytes from token to token.
+
+    Args:
+        tile: of bytes if sums are int32, and have scales. scales, biases: addresses of fp32 numbers of the outputs.
+        begins: that of int32 ones, which sums of bytes are too small by. token_scales: that of fp32 ones of the tokens.
+    """
+    if kind == BFLOAT16:
+        _finish(tile, BFLOAT16, sums, scales, biases, begins, token_scales, out, stride, rows)
+    elif kind == FLOAT16:
+        _finish(tile, FLOAT16, sums, scales, biases, begins, token_scales, out, stride, rows)
+    else:
+        _finish(tile, FLOAT32, sums, scales, biases, begins, token_scales, out, stride, rows)
