@@ -56,7 +56,7 @@ class Int8FewTokens:
 
 
 class Int8Rows:
-    """Compiled products in matrix units, of activations as they lie and a second copy of the codes, arranged for them."""
+    """Compiled products in matrix units: activations as they lie, and a second copy of the codes, arranged for it."""
 
     name = "int8 rows"
 

@@ -35,7 +35,7 @@ from fewbits.kernels.tile_sums import begin, end, tile_of
 ) = range(OWN, OWN + 13)  # fmt: skip
 # Tokens at once at most, and those of a tile.
 ROWS, TILE = 128, 32
-# Words of a row that are multiplied with all outputs of a panel before the next, and what their number is a multiple of.
+# What the words of a row are a multiple of, and how many are multiplied with all outputs of a panel before the next.
 TURN, CHUNK = 16, 512
 # Bytes of a row of sums, of 32 outputs, and from one row of activations to the next: a line more than it has, so that
 # rows don't fall on the same lines of a cache.

@@ -1,4 +1,4 @@
-"""The outputs of products of rows (kernels.matrix_rows): sums [tokens, 32] scaled and rounded to the activations' dtype.
+"""The outputs of products of rows (kernels.matrix_rows): sums [tokens, 32] scaled and rounded to some dtype.
 
 y = sum · scale of the token · scale of the output + bias, in fp32 and in that order.
 """

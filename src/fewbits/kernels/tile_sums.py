@@ -133,11 +133,12 @@ def fill_vector(typing_context: Any, address: Any, word: Any) -> Any:
 
 def _add_in_matrices(builder: Any, tile: Tile, weights: Any, x: Any, words: Any, sums: Any, begun: Any) -> None:
     """`add_tile` with matrix units; words come by 16."""
+    kind = SIGNED_BY_UNSIGNED if tile.of_bytes else PAIRS
     turns, stride = builder.sdiv(words, ir.Constant(I64, LANES)), ir.Constant(I64, LINE * tile.vectors)
     for v in range(0, tile.vectors, 2):
         across = ir.Constant(I64, LINE * v)
         add_tiles(
-            builder, SIGNED_BY_UNSIGNED if tile.of_bytes else PAIRS, MATRIX_ROWS // LANES, min(2, tile.vectors - v), weights, ir.Constant(I64, STRIDE),
+            builder, kind, MATRIX_ROWS // LANES, min(2, tile.vectors - v), weights, ir.Constant(I64, STRIDE),
             builder.add(x, across), stride, turns, builder.add(sums, across), stride, begun,
         )  # fmt: skip
 
