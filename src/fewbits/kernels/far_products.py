@@ -36,7 +36,8 @@ KEPT_BYTES = ROWS * NUMBER_BYTES
 TOGETHER = 32
 # Rows of a matrix are so many bytes longer than they need be, so that they don't fall on the same lines of a cache.
 APART = 64
-# Kept columns that are multiplied with every row of a matrix before the next ones: they stay in the first-level cache.
+# Kept columns whose pairs are multiplied with every row of a matrix before the next ones: they stay in the first-level
+# cache. Matrix units wait less for the second than they take to put sums away.
 CACHED = 768 // NUMBER_BYTES
 
 
@@ -102,23 +103,21 @@ def add_far(matrix: Any, stride: Any, kept: Any, count: Any, sums: Any, columns:
         matrix: [columns, count] as KEPT, rows `stride` bytes apart. kept: [count, ROWS], as `keep_columns` left it.
         count: a multiple of TOGETHER. sums: fp32 [columns, ROWS].
     """
-    line = np.int64(COLUMN_BYTES)
-    for first in range(0, count, CACHED):
-        some, done = min(CACHED, count - first), 0
+    line, done = np.int64(COLUMN_BYTES), 0 if count > 0 else columns
+    while done + 2 * LANES <= columns:
+        added = _tall(matrix + done * stride, stride, kept, line, count // TOGETHER, sums + done * COLUMN_BYTES, line)
+        if added == 0:
+            break
+        done += added
+    if done + LANES <= columns:
+        done += _low(matrix + done * stride, stride, kept, line, count // TOGETHER, sums + done * COLUMN_BYTES, line)
+    for first in range(0, count if done < columns else 0, CACHED):
+        some, column = min(CACHED, count - first), done
         at, of = matrix + NUMBER_BYTES * first, kept + first * KEPT_BYTES
         lines = some * NUMBER_BYTES // 4
-        while done + 2 * LANES <= columns:
-            own, turns = sums + done * COLUMN_BYTES, some // TOGETHER
-            added = _tall(at + done * stride, stride, of, line, turns, own, line)
-            if added == 0:
-                break
-            done += added
-        if done + LANES <= columns:
-            own, turns = sums + done * COLUMN_BYTES, some // TOGETHER
-            done += _low(at + done * stride, stride, of, line, turns, own, line)
-        while done + COLUMNS <= columns:
-            _some(at + done * stride, stride, of, lines, sums + done * COLUMN_BYTES)
-            done += COLUMNS
-        while done < columns:
-            _one(at + done * stride, stride, of, lines, sums + done * COLUMN_BYTES)
-            done += 1
+        while column + COLUMNS <= columns:
+            _some(at + column * stride, stride, of, lines, sums + column * COLUMN_BYTES)
+            column += COLUMNS
+        while column < columns:
+            _one(at + column * stride, stride, of, lines, sums + column * COLUMN_BYTES)
+            column += 1
