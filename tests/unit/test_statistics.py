@@ -32,6 +32,15 @@ def test_all_parts_are_those_of_fp64(width: int, dtype: torch.dtype) -> None:
     assert found.tokens == 700 and found.effective_tokens == 700
 
 
+def test_wide_sums_of_many_rows_are_those_of_fp64() -> None:
+    """More than are packed at a time where sums are wide."""
+    rows, accumulator = rows_of(2100, 2080, torch.bfloat16), StatisticsAccumulator(2080)
+    accumulator.add(rows)
+    exact = rows.double()
+    bound = 5e-6 * exact.abs().T @ exact.abs()
+    assert bool(((accumulator.finish().gram.double() - exact.T @ exact).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("width", [33, 300])
 def test_weights_count_in_the_gram_and_nowhere_else(width: int) -> None:
     rows, weights = rows_of(640, width), torch.rand(640, generator=torch.Generator().manual_seed(3)) ** 4

@@ -10,7 +10,15 @@ import torch
 from numba import carray
 
 from fewbits.kernels.compiling import inner
-from fewbits.kernels.gram_tiles import ROWS, TILE, PackedRows, add_tile, left_tile, padded_roots, pairs_of
+from fewbits.kernels.gram_tiles import (
+    TILE,
+    PackedRows,
+    add_tile,
+    left_tile,
+    padded_roots,
+    pairs_of,
+    rows_at_once,
+)
 from fewbits.kernels.matrix_sums import begin, end
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
@@ -49,15 +57,17 @@ class CrossTiles:
 
     def __init__(self, sums: torch.Tensor) -> None:
         self._kept = sums
-        self._left, self._right = PackedRows(sums.shape[0], True), PackedRows(sums.shape[1], False)
-        fixed = {HEIGHT: sums.shape[0], WIDTH: sums.shape[1], SUMS_AT: sums.data_ptr()}
+        height, width = sums.shape
+        self._most = rows_at_once(min(height, width))
+        self._left, self._right = PackedRows(height, self._most, True), PackedRows(width, self._most, False)
+        fixed = {HEIGHT: height, WIDTH: width, SUMS_AT: sums.data_ptr()}
         self._multiply = Work(_compiled(), fixed)
 
     def add(self, left: torch.Tensor, right: torch.Tensor, roots: torch.Tensor | None) -> None:
         """Add rows, bf16 [count, height] and [count, width], each times its root and then rounded to bf16 again."""
         left, right = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (left, right))
         roots, steps = padded_roots(roots), []
-        for start in range(0, len(left), ROWS):
+        for start in range(0, len(left), self._most):
             pack_left, left_at, turned_at, count = self._left.step(left, roots, start)
             pack_right, right_at, _, _ = self._right.step(right, roots, start)
             fields = {LEFT_AT: left_at, TURNED_AT: turned_at, RIGHT_AT: right_at, PAIRS: pairs_of(count)}

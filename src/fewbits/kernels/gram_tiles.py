@@ -29,8 +29,9 @@ from fewbits.kernels.turned import turn_words
 
 # Channels of a tile: three vectors of 16, or what matrix units sum up at once. And pairs come by so many.
 TILE, TOGETHER = (32, 16) if HAS_MATRIX_UNITS else (48, 1)
-# Rows packed at a time: both factors of a tile, 48 KB each, stay in the second-level cache.
-ROWS = 512
+# Rows packed at a time: both factors of a tile, 48 KB each, stay in the second-level cache. Matrix units sum up so fast
+# that sums too wide for a cache, read and written for all of these, would take longer than they: then there are more.
+ROWS, ROWS_OF_WIDE, WIDE = 512, 2048, 2048
 
 _add_strip, _multiply_matrices = add_strip(TILE // LANES), add_matrices(32, 32, False)
 # The fields of a block. ROOTS_AT is 0 where rows are not weighted, TURNED_AT where matrix units don't ask for them.
@@ -41,6 +42,11 @@ ROWS_AT, ROW_BYTES, COUNT, WIDTH, ROOTS_AT, PACKED_AT, TURNED_AT, GRAM_AT, ABSMA
 def pairs_of(rows: Any) -> Any:
     """Pairs that rows are packed into."""
     return ((rows + 1) // 2 + TOGETHER - 1) // TOGETHER * TOGETHER
+
+
+def rows_at_once(width: int) -> int:
+    """Rows that are packed at a time for sums of so many columns."""
+    return ROWS_OF_WIDE if HAS_MATRIX_UNITS and width >= WIDE else ROWS
 
 
 @inlined
@@ -202,19 +208,20 @@ def padded_roots(roots: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class PackedRows:
-    """Rows of one width as pairs, ROWS at a time, and the memory that they are packed into.
+    """Rows of one width as pairs, some at a time, and the memory that they are packed into.
 
     Args:
-        is_left: whether they are the left factor, or both.
+        most: rows at a time. is_left: whether they are the left factor, or both.
         absmax, absolute: fp32 and fp64 [width], in which the largest and the sum of magnitudes are kept; None for not.
     """
 
     def __init__(
-        self, width: int, is_left: bool, absmax: torch.Tensor | None = None, absolute: torch.Tensor | None = None
-    ) -> None:
+        self, width: int, most: int, is_left: bool, absmax: torch.Tensor | None = None,
+        absolute: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         absmax = torch.zeros(width) if absmax is None else absmax
         absolute = torch.zeros(width, dtype=torch.float64) if absolute is None else absolute
-        self._kept = absmax, absolute
+        self._kept, self._most = (absmax, absolute), most
         self.tiles = -(-width // TILE)
         self._is_turned = is_left and HAS_MATRIX_UNITS
         self._memory, self._turned = (np.empty(0, np.uint32) for _ in range(2))
@@ -222,15 +229,15 @@ class PackedRows:
         self._work = Work(_compiled()[0], fixed)
 
     def step(self, rows: torch.Tensor, roots: torch.Tensor | None, start: int) -> tuple[Array, int, int, int]:
-        """The step that packs up to ROWS rows, those from `start` on, where they lie then and how many they are.
+        """The step that packs as many rows as it may, those from `start` on, where they lie then and how many they are.
 
         They lie at two addresses, packed and turned, 0 where matrix units don't ask for the latter.
 
         Args:
             rows: bf16 [count, width], neighbours in a row side by side. roots: as `padded_roots` gives them.
         """
-        count = min(ROWS, len(rows) - start)
-        channels, pairs = self.tiles * TILE, pairs_of(min(ROWS, len(rows)))
+        count = min(self._most, len(rows) - start)
+        channels, pairs = self.tiles * TILE, pairs_of(min(self._most, len(rows)))
         if len(self._memory) < channels * pairs:
             self._memory = np.empty(channels * pairs, np.uint32)
             if self._is_turned:
@@ -255,14 +262,15 @@ class GramTiles:
             absmax, absolute: fp32 and fp64 [width], the largest and the sum of the magnitudes by channel.
         """
         self._kept = gram
-        self._rows = PackedRows(len(gram), True, absmax, absolute)
+        self._most = rows_at_once(len(gram))
+        self._rows = PackedRows(len(gram), self._most, True, absmax, absolute)
         self._multiply = Work(_compiled()[1], {WIDTH: len(gram), GRAM_AT: gram.data_ptr()})
 
     def add(self, rows: torch.Tensor, roots: torch.Tensor | None) -> None:
         """Add rows, bf16 [count, width], each times its root and then rounded to bf16 again."""
         rows, roots = rows if rows.stride(-1) == 1 else rows.contiguous(), padded_roots(roots)
         steps, tiles = [], self._rows.tiles
-        for start in range(0, len(rows), ROWS):
+        for start in range(0, len(rows), self._most):
             step, packed, turned, count = self._rows.step(rows, roots, start)
             fields = {PACKED_AT: packed, TURNED_AT: turned, COUNT: count}
             steps += [step, self._multiply.step(tiles * (tiles + 1) // 2, fields)]
