@@ -13,6 +13,7 @@ from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.lanes import LANES
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.onednn import onednn_sums
+from fewbits.kernels.row_sums import row_sums
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Program, Work, team_size
 from fewbits.kernels.tile_sums import PIECE_ROWS, tile_vectors
@@ -30,14 +31,14 @@ class FewTokensInt8(CompiledLinear):
         super().__init__(*weight.shape)
         codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
         wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
-        row_sums = codes.sum(1, dtype=torch.int32)
-        self._kept = (codes, scales, wide_bias, row_sums)
+        sums = row_sums(codes)
+        self._kept = (codes, scales, wide_bias, sums)
         self._work = Work(
             dot_bytes.dot_bytes(),
             {
                 dot_bytes.CODES_AT: codes.data_ptr(),
                 dot_bytes.COLUMNS: self._in,
-                dot_bytes.ROW_SUMS_AT: row_sums.data_ptr(),
+                dot_bytes.ROW_SUMS_AT: sums.data_ptr(),
                 dot_bytes.SCALES_AT: scales.data_ptr(),
                 dot_bytes.SCALE_KIND: STORED[scales.dtype],
                 dot_bytes.X_STRIDE: self._in,
@@ -65,7 +66,7 @@ class ByteTiles(CompiledLinear):
         codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
         wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
         # What activations as code + 128 make too much.
-        begin = codes.sum(1, dtype=torch.int32) * -128
+        begin = row_sums(codes) * -128
         self._kept = (codes, scales, wide_bias, begin)
         self._width = self._in // 4
         self._in_matrices = HAS_MATRIX_UNITS and self._width % LANES == 0

@@ -14,6 +14,7 @@ from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.row_outputs import OUTPUTS
+from fewbits.kernels.row_sums import row_sums
 from fewbits.kernels.spec import LinearWeight, Steps
 from fewbits.kernels.team import Program, Work, team_size
 from fewbits.kernels.tokens_run import STORED, int8_step
@@ -111,7 +112,7 @@ class ByteRows(CompiledLinear):
         super().__init__(*weight.shape)
         made = arranged(weight.codes.contiguous().view(torch.int32))
         # What activations as code + 128 make too much.
-        begin = _padded(weight.codes.sum(1, dtype=torch.int32) * -128, self._out, torch.int32)
+        begin = _padded(row_sums(weight.codes) * -128, self._out, torch.int32)
         scales, wide_bias = (_padded(numbers, self._out, torch.float32) for numbers in (weight.scales, bias))
         self._kept = made, begin, scales, wide_bias
         self._products = _Products(True, made, self._out, {
