@@ -46,6 +46,12 @@ def test_products_are_off_by_no_more_than_rounding(tokens: int, out: int, width:
     assert linear(x[:0], weight).shape == (0, out)
 
 
+def test_weights_may_begin_anywhere_in_their_memory() -> None:
+    x, weight = factors(40, 70, 96)
+    odd = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(70, 96)
+    assert odd.storage_offset() == 1 and torch.equal(linear(x, odd), linear(x, weight))
+
+
 def test_a_kept_weight_is_multiplied_again() -> None:
     x, weight = factors(40, 70, 96)
     bias, kept = torch.arange(70).bfloat16(), KeptWeight(weight, torch.arange(70).bfloat16())

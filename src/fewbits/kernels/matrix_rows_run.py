@@ -34,12 +34,15 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return HAS_MATRIX_UNITS and is_bf16 and weight.dim() == 2 and weight.shape[1] % INPUTS == 0
 
 
-def arranged(rows_of_words: torch.Tensor) -> torch.Tensor:
-    """[out, words] of 32 bits as [tiles, words, 32 outputs]; zeros for outputs that are not there."""
-    out, width = rows_of_words.shape
+def arranged(matrix: torch.Tensor) -> torch.Tensor:
+    """Contiguous rows of words, bf16 pairs or four bytes, as [tiles, words, 32 outputs]; zeros for missing outputs.
+
+    They may begin anywhere in memory, within a word of another tensor's, say.
+    """
+    out, width = matrix.shape[0], matrix.shape[1] * matrix.element_size() // 4
     made = torch.empty((-(-out // OUTPUTS), width, OUTPUTS), dtype=torch.int32)
     step = Work(words.token_words(), {words.WIDTH: width}).step(words.runs_of(out, OUTPUTS, width), {
-        words.X_AT: rows_of_words.data_ptr(), words.TOKENS: out, words.LANES_OF_TILE: OUTPUTS,
+        words.X_AT: matrix.data_ptr(), words.TOKENS: out, words.LANES_OF_TILE: OUTPUTS,
         words.OUT_AT: made.data_ptr(),
     })  # fmt: skip
     Program([step]).run(team_size(out * width))
@@ -95,7 +98,7 @@ class PairRows(CompiledLinear):
         if weight.T.is_contiguous():
             made = arranged_columns(weight.T)
         else:
-            made = arranged(weight.contiguous().view(torch.int32))
+            made = arranged(weight.contiguous())
         wide_bias = _padded(bias, self._out, torch.float32)
         self._kept = made, wide_bias
         self._products = _Products(False, made, self._out, {rows.BIAS_AT: wide_bias.data_ptr()})
@@ -110,7 +113,7 @@ class ByteRows(CompiledLinear):
 
     def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
         super().__init__(*weight.shape)
-        made = arranged(weight.codes.contiguous().view(torch.int32))
+        made = arranged(weight.codes.contiguous())
         # What activations as code + 128 make too much.
         begin = _padded(row_sums(weight.codes) * -128, self._out, torch.int32)
         scales, wide_bias = (_padded(numbers, self._out, torch.float32) for numbers in (weight.scales, bias))
