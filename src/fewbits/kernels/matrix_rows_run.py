@@ -95,10 +95,7 @@ class PairRows(CompiledLinear):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*weight.shape)
-        if weight.T.is_contiguous():
-            made = arranged_columns(weight.T)
-        else:
-            made = arranged(weight.contiguous())
+        made = arranged_columns(weight.T) if weight.T.is_contiguous() else arranged(weight.contiguous())
         wide_bias = _padded(bias, self._out, torch.float32)
         self._kept = made, wide_bias
         self._products = _Products(False, made, self._out, {rows.BIAS_AT: wide_bias.data_ptr()})
