@@ -41,27 +41,30 @@ class Drawn:
             torch.zeros(tokens, LABELS, device=device),
         )
 
-    def see(self, logits: torch.Tensor, first: int, uniforms: torch.Tensor) -> None:
+    def see(self, logits: torch.Tensor, first: int, uniforms: torch.Tensor, tokens: slice = slice(None)) -> None:
         """Let logits [tokens, columns], which begin at column `first`, take part in the draw.
 
         Args:
-            uniforms: fp64 [tokens, LABELS], in [0, 1), for these columns alone.
+            uniforms: fp64 [tokens, LABELS], in [0, 1), for these columns alone. tokens: which of all they are of.
         """
+        largest, totals, labels, numbers = (
+            state[tokens] for state in (self.largest, self.totals, self.labels, self.numbers)
+        )
         if HAS_BF16 and logits.dtype == torch.bfloat16 and logits.device.type == "cpu":
-            state = (self.largest.numpy(), self.totals.numpy(), self.labels.numpy(), self.numbers.numpy())
+            state = (largest.numpy(), totals.numpy(), labels.numpy(), numbers.numpy())
             return draw_labels(as_numpy(logits), uniforms.numpy(), first, *state)
         logits = logits.float()
-        highest = torch.maximum(self.largest, logits.amax(-1))
+        highest = torch.maximum(largest, logits.amax(-1))
         base = highest.masked_fill(highest == -math.inf, 0.0)
         cumulated = (logits - base[:, None]).exp().cumsum(-1, dtype=torch.float64)
         added = cumulated[:, -1:]
-        self.totals = self.totals * (self.largest - base).exp().double() + added[:, 0]
-        self.largest = highest
-        target = uniforms.to(logits.device) * self.totals[:, None]
+        totals.mul_((largest - base).exp().double()).add_(added[:, 0])
+        largest.copy_(highest)
+        target = uniforms.to(logits.device) * totals[:, None]
         places = torch.searchsorted(cumulated, target, right=True).clamp_max_(logits.shape[-1] - 1)
         anew = target < added
-        self.labels = torch.where(anew, places + first, self.labels)
-        self.numbers = torch.where(anew, logits.gather(-1, places), self.numbers)
+        labels.copy_(torch.where(anew, places + first, labels))
+        numbers.copy_(torch.where(anew, logits.gather(-1, places), numbers))
 
     @property
     def loss(self) -> float:

@@ -15,18 +15,23 @@ import torch
 
 from fewbits.drawn import LABELS, Drawn, uniforms
 from fewbits.errors import CalibrationError
-from fewbits.matrix_products import linear
+from fewbits.matrix_products import KeptWeight, linear
 from fewbits.pass_memory import LOGITS
-from fewbits.rounded_head import TRIED, fits, is_close, rounded_product
+from fewbits.rounded_head import TRIED, RoundedRows, fits, is_close
 from fewbits.skeleton import Skeleton
 
-# Logits of a token in a tile. With the tokens of a micro-batch they fill 16 MB, for which products are the fastest;
-# as a power of two, rows of logits would fall on the same lines of a cache.
-TILE = 4032
+# Logits of a token in a tile: as a power of two, rows of logits would fall on the same lines of a cache. And tokens
+# whose logits are there at once, and stay near the processor until they were looked at.
+TILE, TOKENS = 4032, 1024
 # Tokens whose labels' rows of the head are gathered at a time.
 GATHERED = 256
-# (hidden states, rows of the head, their bias) → logits
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (rows of the head, their bias) → what makes logits of hidden states
+Prepared = Callable[[torch.Tensor, torch.Tensor | None], Callable[[torch.Tensor], torch.Tensor]]
+
+
+def _exact(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    kept = KeptWeight(weight, bias)
+    return lambda x: linear(x, weight, bias, kept)
 
 
 class DrawnHead:
@@ -35,7 +40,7 @@ class DrawnHead:
     def __init__(self, skeleton: Skeleton, seed: int) -> None:
         self._skeleton, self._seed = skeleton, seed
         self._in_tiles: bool | None = None
-        self._product: Product = linear
+        self._prepare: Prepared = _exact
         self.loss = 0.0
         self._shares = torch.full((LABELS,), 1.0 / (LABELS - 1))
         self._shares[0] = -1.0
@@ -45,13 +50,9 @@ class DrawnHead:
         if self._in_tiles is None:
             self._in_tiles = self._can_be_cut(hidden[:1], output_type)
             if self._in_tiles and self._bears_rounding(hidden, output_type):
-                self._product = rounded_product
-        gradient = torch.empty_like(hidden)
-        step = max(1, LOGITS // (TILE if self._in_tiles else self._skeleton.vocabulary))
+                self._prepare = RoundedRows
         one = self._of_tiles if self._in_tiles else self._of_all
-        for start in range(0, len(hidden), step):
-            gradient[start : start + step] = one(hidden[start : start + step], first_token + start, output_type)
-        return gradient.mul_(math.sqrt(1 - 1 / LABELS))
+        return one(hidden, first_token, output_type).mul_(math.sqrt(1 - 1 / LABELS))
 
     def _can_be_cut(self, hidden: torch.Tensor, output_type: type) -> bool:
         """Whether each logit depends on its own row of the head alone, and rows can be taken as one likes."""
@@ -60,7 +61,7 @@ class DrawnHead:
         whole = self._skeleton.head(hidden[None], output_type)[0]
         columns = torch.linspace(0, whole.shape[-1] - 1, LABELS).long()[None].to(hidden.device)
         try:
-            cut = torch.cat([tile for _, tile in self._tiles(hidden, output_type)], -1)
+            cut = self._joined(hidden, output_type, _exact)
             some = self._logits_of(hidden, columns, output_type)
         except (IndexError, RuntimeError):  # it does something to columns that are not there
             return False
@@ -77,25 +78,27 @@ class DrawnHead:
         if head is None or not fits(head.weight):
             return False
         some = hidden[torch.linspace(0, len(hidden) - 1, TRIED).long()]
-        exact, rounded = (
-            torch.cat([tile for _, tile in self._tiles(some, output_type, product)], -1)
-            for product in (linear, rounded_product)
-        )
-        return is_close(exact, rounded)
+        return is_close(*(self._joined(some, output_type, prepare) for prepare in (_exact, RoundedRows)))
+
+    def _joined(self, hidden: torch.Tensor, output_type: type, prepare: Prepared) -> torch.Tensor:
+        """All logits of a few tokens, made tile by tile."""
+        return torch.cat([tile for _, _, tile in self._tiles(hidden, output_type, prepare)], -1)
 
     def _tiles(
-        self, hidden: torch.Tensor, output_type: type, product: Product = linear
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Logits [tokens, up to TILE] with the column that they begin at."""
+        self, hidden: torch.Tensor, output_type: type, prepare: Prepared
+    ) -> Iterator[tuple[slice, int, torch.Tensor]]:
+        """Logits [up to TOKENS, up to TILE] with which tokens they are of and the column that they begin at.
+
+        Rows of the head are prepared once, for all tokens.
+        """
         head = self._skeleton.head_linear
         assert head is not None
         weight, bias = head.weight, head.bias
         for first in range(0, len(weight), TILE):
-
-            def part(x: torch.Tensor, rows: slice = slice(first, first + TILE)) -> torch.Tensor:
-                return product(x, weight[rows], None if bias is None else bias[rows])
-
-            yield first, self._skeleton.head(hidden[None], output_type, part)[0]
+            rows = slice(first, first + TILE)
+            product = prepare(weight[rows], None if bias is None else bias[rows])
+            for tokens in _parts(hidden, TOKENS if hidden.device.type == "cpu" else LOGITS // TILE):
+                yield tokens, first, self._skeleton.head(hidden[None, tokens], output_type, product)[0]
 
     def _logits_of(self, hidden: torch.Tensor, labels: torch.Tensor, output_type: type) -> torch.Tensor:
         """Logits of labels [tokens, LABELS]."""
@@ -109,29 +112,35 @@ class DrawnHead:
         return self._skeleton.head(hidden[None], output_type, product)[0]
 
     def _of_tiles(self, hidden: torch.Tensor, first_token: int, output_type: type) -> torch.Tensor:
-        labels = self._draw(self._tiles(hidden, output_type, self._product), hidden, first_token)
+        labels = self._draw(self._tiles(hidden, output_type, self._prepare), hidden, first_token)
         gradient = torch.empty_like(hidden)
-        for start in range(0, len(hidden), GATHERED):
-            rows = hidden[start : start + GATHERED].detach().requires_grad_()
+        for part in _parts(hidden, GATHERED):
+            rows = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._logits_of(rows, labels[start : start + GATHERED], output_type)
+                logits = self._logits_of(rows, labels[part], output_type)
             pull = self._shares.to(logits).expand_as(logits)
-            (gradient[start : start + GATHERED],) = torch.autograd.grad(logits, rows, pull)
+            (gradient[part],) = torch.autograd.grad(logits, rows, pull)
         return gradient
 
     def _of_all(self, hidden: torch.Tensor, first_token: int, output_type: type) -> torch.Tensor:
-        with torch.enable_grad():
-            rows = hidden.detach().requires_grad_()
-            logits = self._skeleton.head(rows[None], output_type)[0]
-        labels = self._draw([(0, logits.detach())], hidden, first_token)
-        pull = torch.zeros_like(logits).scatter_add_(-1, labels, self._shares.to(logits).expand(labels.shape))
-        return torch.autograd.grad(logits, rows, pull)[0]
+        gradient = torch.empty_like(hidden)
+        for part in _parts(hidden, max(1, LOGITS // self._skeleton.vocabulary)):
+            with torch.enable_grad():
+                rows = hidden[part].detach().requires_grad_()
+                logits = self._skeleton.head(rows[None], output_type)[0]
+            labels = self._draw([(slice(None), 0, logits.detach())], rows, first_token + part.start)
+            pull = torch.zeros_like(logits).scatter_add_(-1, labels, self._shares.to(logits).expand(labels.shape))
+            (gradient[part],) = torch.autograd.grad(logits, rows, pull)
+        return gradient
 
-    def _draw(self, tiles: Iterable[tuple[int, torch.Tensor]], hidden: torch.Tensor, first_token: int) -> torch.Tensor:
+    def _draw(
+        self, tiles: Iterable[tuple[slice, int, torch.Tensor]], hidden: torch.Tensor, first_token: int
+    ) -> torch.Tensor:
         """Labels [tokens, LABELS] from tiles of logits."""
         drawn = Drawn.of(len(hidden), hidden.device)
-        for first, logits in tiles:
-            drawn.see(logits, first, uniforms(self._seed, first_token, len(hidden), first))
+        for tokens, first, logits in tiles:
+            begin = first_token + (tokens.start or 0)
+            drawn.see(logits, first, uniforms(self._seed, begin, len(logits), first), tokens)
         if not math.isfinite(drawn.loss):
             # The gradient would not tell: it looks at the logits of the labels alone.
             raise CalibrationError(
@@ -140,3 +149,9 @@ class DrawnHead:
             )
         self.loss += drawn.loss
         return drawn.labels
+
+
+def _parts(rows: torch.Tensor, count: int) -> Iterator[slice]:
+    """Up to so many rows at a time."""
+    for start in range(0, len(rows), count):
+        yield slice(start, min(start + count, len(rows)))

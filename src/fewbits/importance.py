@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,9 @@ from fewbits.pass_memory import MEMORY_LIMIT
 from fewbits.skeleton import Part, Skeleton
 from fewbits.suspended import MicroBatch, SuspendedForward, hidden_of, with_hidden
 from fewbits.watching import Product, Slot, watch
+
+# Tokens that go through the head together: of its rows each is prepared once for all of them.
+HEAD_TOKENS = 8192
 
 # Called with a stage's name and how many of how many blocks are done.
 Watcher = Callable[[str, int, int], None]
@@ -131,13 +134,14 @@ class _Run:
         self._skeleton.materialize_rest(head=True)
         with self._skeleton.materialized(last) as block:
             watch(block, _KeptWeights())
-            for micro_batch in self._forward.micro_batches:
-                self._note_entry(inputs, last, micro_batch)
-                # What requires no gradient leaves no graph, so only the tail behind the last block does.
-                with torch.enable_grad():
-                    self._forward.resume(micro_batch)
+            for together in self._together():
+                for micro_batch in together:
+                    self._note_entry(inputs, last, micro_batch)
+                    # What requires no gradient leaves no graph, so only the tail behind the last block does.
+                    with torch.enable_grad():
+                        self._forward.resume(micro_batch)
                 before = time.perf_counter()
-                self._gradients.append(self._through_head(micro_batch))
+                self._gradients += self._through_head(together)
                 self._head_s += time.perf_counter() - before
         self._skeleton.release_rest()
         return_free_memory()
@@ -155,15 +159,24 @@ class _Run:
         self._tails[micro_batch.index] = tail
         return with_hidden(output, tail)
 
-    def _through_head(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """The loss's gradient behind the last block."""
-        assert micro_batch.result is not None
-        result, micro_batch.result = micro_batch.result, None
-        rows = result.detach().flatten(0, -2)
-        gradient = self._head.gradient(rows, micro_batch.first_token, micro_batch.result_type)
-        tail = self._tails.pop(micro_batch.index)
-        (behind,) = torch.autograd.grad(result, tail, gradient.view_as(result))
-        return behind
+    def _together(self) -> Iterator[list[MicroBatch]]:
+        """Micro-batches that go through the head together."""
+        some = list(self._forward.micro_batches)
+        count = max(1, HEAD_TOKENS // max(1, some[0].ids.numel()))
+        for start in range(0, len(some), count):
+            yield some[start : start + count]
+
+    def _through_head(self, micro_batches: Sequence[MicroBatch]) -> Iterator[torch.Tensor]:
+        """The loss's gradients behind the last block, one after the other."""
+        results = [cast(torch.Tensor, micro_batch.result) for micro_batch in micro_batches]
+        rows = torch.cat([result.detach().flatten(0, -2) for result in results])
+        first = micro_batches[0]
+        gradients = self._head.gradient(rows, first.first_token, first.result_type)
+        parts = torch.split(gradients, [result.shape[:-1].numel() for result in results])
+        for micro_batch, result, gradient in zip(micro_batches, results, parts, strict=True):
+            micro_batch.result = None
+            (behind,) = torch.autograd.grad(result, self._tails.pop(micro_batch.index), gradient.view_as(result))
+            yield behind
 
     def _run_backward(self, inputs: BlockInputs, keep_grams: GramKeeper) -> None:
         count = len(self._skeleton.blocks)

@@ -1,7 +1,7 @@
 """The head's product with both factors rounded to int8: logits near enough to draw labels from, in half the time.
 
 Rows of the head are rounded as they come, each to 255 levels of its own, and hidden states token by token: nothing is
-kept of either. Whether predictions bear it is tried on some tokens (`is_close`).
+kept of either but while rows are multiplied. Whether predictions bear it is tried on some tokens (`is_close`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,20 @@ def fits(weight: torch.Tensor) -> bool:
     return is_plain and HAS_VNNI
 
 
-def rounded_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x · weightᵀ + bias [..., rows] of bf16 x [..., in] and weight [rows, in]."""
-    codes, scales = int8_tokens(weight)
-    rounded = LinearWeight((codes ^ 128).view(torch.int8), scales, None, (len(weight), weight.shape[1]), _SCHEME)
-    made = ByteRows if HAS_MATRIX_UNITS and weight.shape[1] % LINE == 0 else ByteTiles
-    return made(rounded, bias)(x.flatten(0, -2)).view(*x.shape[:-1], len(weight))
+class RoundedRows:
+    """x · weightᵀ + bias [..., rows] of bf16 x [..., in] and weight [rows, in], both rounded to int8.
+
+    weight is rounded once, for all x.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        codes, scales = int8_tokens(weight)
+        rounded = LinearWeight((codes ^ 128).view(torch.int8), scales, None, (len(weight), weight.shape[1]), _SCHEME)
+        made = ByteRows if HAS_MATRIX_UNITS and weight.shape[1] % LINE == 0 else ByteTiles
+        self._products, self._rows = made(rounded, bias), len(weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._products(x.flatten(0, -2)).view(*x.shape[:-1], self._rows)
 
 
 def is_close(exact: torch.Tensor, rounded: torch.Tensor) -> bool:

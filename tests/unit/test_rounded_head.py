@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fewbits.drawn_head import DrawnHead
+from fewbits.drawn_head import DrawnHead, _exact
 from fewbits.kernels.activations import round_tokens
-from fewbits.matrix_products import linear
-from fewbits.rounded_head import MOST_KL, fits, is_close, rounded_product
+from fewbits.rounded_head import MOST_KL, RoundedRows, fits, is_close
 from fewbits.skeleton import Skeleton
 from test_calibrated_pass import skeleton_of
 from tiny_transformers import save_tiny
@@ -37,7 +36,7 @@ def skeleton(tmp_path: Path) -> Iterator[Skeleton]:
 def test_products_are_those_of_rounded_factors(tokens: int, inputs: int, rows: int, biased: bool) -> None:
     x, weight = (numbers(count, inputs, seed=count).bfloat16() for count in (tokens, rows + 1000))
     weight, bias = weight[:rows], numbers(rows) if biased else None
-    found = rounded_product(x[None], weight, bias)
+    found = RoundedRows(weight, bias)(x[None])
     (codes, scales), (row_codes, row_scales) = round_tokens(x, "int"), round_tokens(weight, "int")
     expected = (codes @ row_codes.T) * scales * row_scales.T + (0 if bias is None else bias)
     assert found.shape == (1, tokens, rows) and found.dtype == torch.bfloat16
@@ -50,14 +49,14 @@ def test_a_head_is_rounded_where_predictions_bear_it(skeleton: Skeleton) -> None
     hidden = numbers(40, skeleton.head_linear.in_features).bfloat16()
     head = DrawnHead(skeleton, 3)
     head.gradient(hidden, 0, BaseModelOutputWithPast)
-    assert head._product is rounded_product
+    assert head._prepare is RoundedRows
     # One channel far beyond all others takes all the levels that there are.
     hidden[:, 0] *= 1000
     skeleton.head_linear.weight.data[:, 0] = 0
     skeleton.head_linear.weight.data *= 20
     head = DrawnHead(skeleton, 3)
     head.gradient(hidden, 0, BaseModelOutputWithPast)
-    assert head._in_tiles and head._product is linear
+    assert head._in_tiles and head._prepare is _exact
 
 
 @pytest.mark.skipif(not HAS_BYTES, reason="needs products of bytes (AVX-512 VNNI)")
@@ -70,7 +69,7 @@ def test_gradients_keep_the_fisher_information_of_the_exact_predictions(skeleton
     repeated = 20_000
     head = DrawnHead(skeleton, 0)
     found = head.gradient(hidden.expand(repeated, -1), 0, BaseModelOutputWithPast).double()
-    assert head._product is rounded_product
+    assert head._prepare is RoundedRows
     assert float((found.T @ found / repeated - exact).norm() / exact.norm()) < 0.06
 
 

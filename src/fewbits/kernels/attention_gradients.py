@@ -16,24 +16,27 @@ from fewbits.kernels.attention_parts import (
     STRIP,
     add_weighted,
     copy_rows,
-    hide,
+    heads_together,
     pack_columns,
+    pack_rows,
     padded,
     products,
+    write_row,
 )
 from fewbits.kernels.compiling import SUMS, entry, merged, widen
 from fewbits.kernels.matrix_sums import begin, end
-from fewbits.kernels.memory import as_bf16, copy_numbers
+from fewbits.kernels.memory import copy_numbers
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.softmax_lanes import pull_key, pull_query
 from fewbits.kernels.threads import over_rows
 
 
 @partial(merged, fastmath=SUMS)
-def _inner(out: Any, pull: Any, sample: Any, t: Any, head: Any) -> Any:
+def _inner(left: Any, right: Any, row: Any) -> Any:
+    """The inner product of a row of both, bf16."""
     total = np.float32(0.0)
-    for i in range(out.shape[3]):
-        total += widen(out[sample, t, head, i]) * widen(pull[sample, t, head, i])
+    for i in range(left.shape[1]):
+        total += widen(left[row, i]) * widen(right[row, i])
     return total
 
 
@@ -46,23 +49,26 @@ def _pull_queries(
     heads, length, width = query.shape[1:]
     shared, keys, wide = heads // key.shape[1], key.shape[2], padded(width)
     queries, pulled = np.empty((padded(length), wide), np.uint16), np.empty((padded(length), wide), np.uint16)
+    outputs = np.empty((padded(length), wide), np.uint16)
     copied = np.empty((padded(keys), wide), np.uint16)
     key_panels = np.empty((padded(keys) // PANEL, wide // 2, PANEL), np.uint32)
     value_panels = np.empty((padded(keys) // PANEL, wide // 2, PANEL), np.uint32)
     channel_panels = np.empty((wide // PANEL, padded(keys) // 2, PANEL), np.uint32)
     scores, pulls = np.empty((STRIP, padded(keys)), np.float32), np.empty((STRIP, padded(keys)), np.float32)
     weights = np.zeros((STRIP, padded(keys)), np.uint16)
-    sums = np.empty((STRIP, wide), np.float32)
+    sums, rounded = np.empty((STRIP, wide), np.float32), np.empty(wide, np.uint16)
     begin()
     for number in range(start, stop):
         sample, head = number // heads, number % heads
         copy_rows(query[sample, head], queries)
         copy_rows(pull[sample, :, head], pulled)
-        copy_rows(value[sample, head // shared], copied)
-        pack_columns(copied.T, value_panels)
-        copy_rows(key[sample, head // shared], copied)
-        pack_columns(copied.T, key_panels)
-        pack_columns(copied, channel_panels)
+        copy_rows(out[sample, :, head], outputs)
+        if number == start or head % shared == 0:
+            copy_rows(value[sample, head // shared], copied)
+            pack_rows(copied, value_panels)
+            copy_rows(key[sample, head // shared], copied)
+            pack_rows(copied, key_panels)
+            pack_columns(copied, channel_panels)
         for top in range(0, length, STRIP):
             rows = min(STRIP, length - top)
             low, high = firsts[top] // PANEL * PANEL, padded(stops[top + rows - 1])
@@ -70,19 +76,18 @@ def _pull_queries(
             products(pulled, top, value_panels, low, high, pulls)
             for r in range(rows):
                 t = top + r
-                delta = _inner(out, pull, sample, t, head)
+                delta = _inner(outputs, pulled, t)
                 deltas[sample, head, t] = delta
-                hide(scores, r, low, firsts[t], stops[t], high)
                 place = r * padded(keys) + low
                 pull_query(
-                    scores.ctypes.data + 4 * place, pulls.ctypes.data + 4 * place, (high - low) // PANEL, scale,
-                    logs[sample, head, t], delta, weights.ctypes.data + 2 * place,
+                    scores.ctypes.data + 4 * place, pulls.ctypes.data + 4 * place, (high - low) // PANEL,
+                    firsts[t] - low, stops[t] - firsts[t], scale, logs[sample, head, t], delta,
+                    weights.ctypes.data + 2 * place,
                 )  # fmt: skip
             sums[:] = np.float32(0.0)
             add_weighted(weights, channel_panels, low, high, sums, 0)
             for r in range(rows):
-                for i in range(width):
-                    to_query[sample, head, top + r, i] = as_bf16(sums[r, i])
+                write_row(sums.ctypes.data + 4 * r * wide, np.float32(1.0), rounded, to_query[sample, head, top + r])
     end()
 
 
@@ -103,6 +108,7 @@ def _pull_keys(
     weights, gradients = np.zeros((STRIP, many), np.uint16), np.zeros((STRIP, many), np.uint16)
     key_sums, value_sums = np.empty((2, padded(keys), wide), np.float32)
     log, delta = np.zeros(many, np.float32), np.zeros(many, np.float32)
+    rounded = np.empty(wide, np.uint16)
     begin()
     for number in range(start, stop):
         sample, owner = number // owners, number % owners
@@ -114,10 +120,10 @@ def _pull_keys(
             copy_numbers(log[:length], logs[sample, head])
             copy_numbers(delta[:length], deltas[sample, head])
             copy_rows(query[sample, head], copied)
-            pack_columns(copied.T, query_panels)
+            pack_rows(copied, query_panels)
             pack_columns(copied, query_channels)
             copy_rows(pull[sample, :, head], copied)
-            pack_columns(copied.T, pull_panels)
+            pack_rows(copied, pull_panels)
             pack_columns(copied, pull_channels)
             for top in range(0, keys, STRIP):
                 rows = min(STRIP, keys - top)
@@ -125,19 +131,18 @@ def _pull_keys(
                 products(key_rows, top, query_panels, low, high, scores)
                 products(value_rows, top, pull_panels, low, high, pulls)
                 for r in range(rows):
-                    hide(scores, r, low, lows[top + r], highs[top + r], high)
-                    place = r * many + low
+                    first, place = lows[top + r], r * many + low
                     pull_key(
-                        scores.ctypes.data + 4 * place, pulls.ctypes.data + 4 * place, (high - low) // PANEL, scale,
+                        scores.ctypes.data + 4 * place, pulls.ctypes.data + 4 * place, (high - low) // PANEL,
+                        first - low, highs[top + r] - first, scale,
                         log.ctypes.data + 4 * low, delta.ctypes.data + 4 * low, weights.ctypes.data + 2 * place,
                         gradients.ctypes.data + 2 * place,
                     )  # fmt: skip
                 add_weighted(weights, pull_channels, low, high, value_sums, top)
                 add_weighted(gradients, query_channels, low, high, key_sums, top)
         for t in range(keys):
-            for i in range(width):
-                to_key[sample, owner, t, i] = as_bf16(key_sums[t, i])
-                to_value[sample, owner, t, i] = as_bf16(value_sums[t, i])
+            write_row(key_sums[t].ctypes.data, np.float32(1.0), rounded, to_key[sample, owner, t])
+            write_row(value_sums[t].ctypes.data, np.float32(1.0), rounded, to_value[sample, owner, t])
     end()
 
 
@@ -163,6 +168,7 @@ def pull_back(
         lambda start, stop: _pull_queries(
             query, key, value, firsts, stops, number, logs, out, pull, deltas, to_query, start, stop
         ),
+        heads_together(samples, heads, owners),
     )  # fmt: skip
     over_rows(
         samples * owners, length * keys,

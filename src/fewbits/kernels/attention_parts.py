@@ -16,7 +16,9 @@ from fewbits.kernels.lanes import LANES
 from fewbits.kernels.matrix_sums import add_matrices
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.memory import copy_bytes, copy_numbers
-from fewbits.kernels.panel_lanes import PANEL
+from fewbits.kernels.panel_lanes import PANEL, round_panels
+from fewbits.kernels.threads import thread_count
+from fewbits.kernels.turned import turn_rows
 
 # Rows of a strip.
 STRIP = PANEL if HAS_MATRIX_UNITS else strips.STRIP
@@ -33,21 +35,33 @@ def padded(count: Any) -> Any:
 
 
 @inner
-def copy_rows(rows: Any, copied: Any) -> Any:
-    """Rows as left factors: bf16 [count, width] into [padded, padded]. Returns whether all are finite."""
+def copy_rows(rows: Any, copied: Any) -> None:
+    """Rows as left factors: bf16 [count, width] into [padded, padded]."""
     count, width = rows.shape
+    source, target, row_bytes = rows.ctypes.data, copied.ctypes.data, np.int64(2 * copied.shape[1])
     for t in range(count):
         if rows.strides[1] == 2:
-            copy_bytes(copied[t].ctypes.data, rows[t].ctypes.data, np.int64(2 * width))
+            copy_bytes(target + t * row_bytes, source + t * rows.strides[0], np.int64(2 * width))
         else:
             copy_numbers(copied[t, :width], rows[t])
-        copied[t, width:] = np.uint16(0)
+        for i in range(width, copied.shape[1]):
+            copied[t, i] = np.uint16(0)
     copied[count:] = np.uint16(0)
+
+
+@inner
+def are_finite(copied: Any) -> Any:
+    """Whether no number of bf16 [rows, columns] is NaN or infinite."""
     # Two numbers at once: an exponent of ones, which finite numbers don't have, carries into the sign's place.
     found = np.uint32(0)
-    for word in copied[:count].reshape(-1).view(np.uint32):
+    for word in copied.reshape(-1).view(np.uint32):
         found |= np.uint32(np.uint32(word & np.uint32(0x7F807F80)) + np.uint32(0x00800080))
     return found & np.uint32(0x80008000) == 0
+
+
+def heads_together(samples: int, heads: int, owners: int) -> int:
+    """Of how many heads a thread takes a multiple: those that share keys, packed once, where all threads find some."""
+    return heads // owners if samples * owners >= 2 * thread_count() else 1
 
 
 @inner
@@ -59,6 +73,27 @@ def pack_columns(matrix: Any, panels: Any) -> None:
                 column = panel * PANEL + lane
                 low, high = np.uint32(matrix[2 * pair, column]), np.uint32(matrix[2 * pair + 1, column])
                 panels[panel, pair, lane] = np.uint32(low | np.uint32(high << np.uint32(16)))
+
+
+@inner
+def pack_rows(matrix: Any, panels: Any) -> None:
+    """Rows as columns of right factors: bf16 [PANEL · panels, 2 · pairs] into 32 bits [panels, pairs, PANEL]."""
+    pairs = panels.shape[1]
+    row_bytes, line = np.int64(4 * pairs), np.int64(PANEL_BYTES)
+    for panel in range(panels.shape[0]):
+        rows, columns = matrix.ctypes.data + panel * PANEL * row_bytes, panels[panel].ctypes.data
+        turn_rows(rows, row_bytes, columns, line, PANEL, pairs)
+
+
+@inner
+def write_row(numbers: Any, factor: Any, rounded: Any, out: Any) -> None:
+    """A padded row of fp32 sums at an address, times a factor, as bf16 to `out` [width]. rounded: scratch."""
+    width = out.shape[0]
+    round_panels(numbers, np.int64(len(rounded) // PANEL), factor, rounded.ctypes.data)
+    if out.strides[0] == 2:
+        copy_bytes(out.ctypes.data, rounded.ctypes.data, np.int64(2 * width))
+    else:
+        copy_numbers(out, rounded[:width])
 
 
 # Addresses are worked out by hand below: a slice costs as much as a short product.
@@ -91,12 +126,3 @@ def add_weighted(weights: Any, panels: Any, first: Any, last: Any, out: Any, top
         right, sums = panels_at + panel * pairs * PANEL_BYTES, out_at + panel * PANEL_BYTES
         if _add_matrices(at, row_bytes, right, line, some // LANES, sums, stride) == 0:
             _add_strip(at, row_bytes, 4, right, some, sums, stride)
-
-
-@inner
-def hide(scores: Any, row: Any, low: Any, first: Any, stop: Any, high: Any) -> None:
-    """No score from low to first and from stop to high: their weights come out as 1e-38, which bf16 sums don't see."""
-    for t in range(low, first):
-        scores[row, t] = np.float32(-np.inf)
-    for t in range(stop, high):
-        scores[row, t] = np.float32(-np.inf)

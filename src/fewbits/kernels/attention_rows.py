@@ -15,15 +15,17 @@ import numpy as np
 from fewbits.kernels.attention_parts import (
     STRIP,
     add_weighted,
+    are_finite,
     copy_rows,
-    hide,
+    heads_together,
     pack_columns,
+    pack_rows,
     padded,
     products,
+    write_row,
 )
 from fewbits.kernels.compiling import entry
 from fewbits.kernels.matrix_sums import begin, end
-from fewbits.kernels.memory import as_bf16
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.softmax_lanes import largest_score, weigh_scores
 from fewbits.kernels.threads import over_rows
@@ -44,25 +46,29 @@ def _attend(
     # Of a last, shorter strip, rows without queries weigh whatever: their sums are not looked at.
     weights = np.zeros((STRIP, padded(keys)), np.uint16)
     sums, factors = np.empty((STRIP, wide), np.float32), np.empty(STRIP, np.float32)
-    stride = padded(keys)
+    rounded = np.empty(wide, np.uint16)
+    stride, keys_are_finite = padded(keys), True
     begin()
     for number in range(start, stop):
         sample, head = number // heads, number % heads
-        finite = copy_rows(query[sample, head], queries) & copy_rows(key[sample, head // shared], copied)
-        pack_columns(copied.T, key_panels)
-        copy_rows(value[sample, head // shared], copied)
-        pack_columns(copied, value_panels)
+        copy_rows(query[sample, head], queries)
+        if number == start or head % shared == 0:
+            copy_rows(key[sample, head // shared], copied)
+            keys_are_finite = are_finite(copied)
+            pack_rows(copied, key_panels)
+            copy_rows(value[sample, head // shared], copied)
+            pack_columns(copied, value_panels)
+        finite = keys_are_finite and are_finite(queries)
         for top in range(0, length, STRIP):
             rows = min(STRIP, length - top)
             low, high = firsts[top] // PANEL * PANEL, padded(stops[top + rows - 1])
             products(queries, top, key_panels, low, high, scores)
             for r in range(rows):
-                hide(scores, r, low, firsts[top + r], stops[top + r], high)
-                scores_at, weights_at = scores.ctypes.data + r * 4 * stride, weights.ctypes.data + r * 2 * stride
-                largest = largest_score(scores_at + 4 * low, (high - low) // PANEL)
-                total = weigh_scores(
-                    scores_at + 4 * low, (high - low) // PANEL, largest, scale, weights_at + 2 * low
-                )  # fmt: skip
+                place, panels = r * stride + low, (high - low) // PANEL
+                first, count = firsts[top + r] - low, stops[top + r] - firsts[top + r]
+                scores_at, weights_at = scores.ctypes.data + 4 * place, weights.ctypes.data + 2 * place
+                largest = largest_score(scores_at, panels, first, count)
+                total = weigh_scores(scores_at, panels, first, count, largest, scale, weights_at)
                 # A score that is no number would be lost in maxima and in the bounds of e^x.
                 if not finite or largest == np.inf:
                     total = np.float32(np.nan)
@@ -71,8 +77,7 @@ def _attend(
             sums[:] = np.float32(0.0)
             add_weighted(weights, value_panels, low, high, sums, 0)
             for r in range(rows):
-                for i in range(width):
-                    out[sample, top + r, head, i] = as_bf16(sums[r, i] * factors[r])
+                write_row(sums.ctypes.data + 4 * r * wide, factors[r], rounded, out[sample, top + r, head])
     end()
 
 
@@ -90,4 +95,5 @@ def attend(query: Any, key: Any, value: Any, firsts: Any, stops: Any, scale: flo
     over_rows(
         samples * heads, length * key.shape[2],
         lambda start, stop: _attend(query, key, value, firsts, stops, np.float32(scale), out, logs, start, stop),
+        heads_together(samples, heads, key.shape[1]),
     )  # fmt: skip

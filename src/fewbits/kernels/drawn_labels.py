@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fewbits.kernels.compiling import entry, inner
-from fewbits.kernels.logits_lanes import bf16_exponentials, largest_bf16
+from fewbits.kernels.logits_lanes import GROUP, bf16_exponentials, largest_bf16
 from fewbits.kernels.panel_lanes import PANEL
 from fewbits.kernels.threads import over_rows
 
@@ -25,12 +25,12 @@ LEAST = np.float32(1e-30)
 def _drawn(values: Any, sums: Any, target: Any) -> Any:
     """The first place where the values add up to more than `target`, of those with any weight."""
     before = np.float64(0.0)
-    panel = 0
-    while panel < len(sums) - 1 and (sums[panel] < LEAST or before + sums[panel] <= target):
-        before += sums[panel]
-        panel += 1
-    place = panel * PANEL
-    last = min(place + PANEL, len(values)) - 1
+    group = 0
+    while group < len(sums) - 1 and (sums[group] < LEAST or before + sums[group] <= target):
+        before += sums[group]
+        group += 1
+    place = group * GROUP
+    last = min(place + GROUP, len(values)) - 1
     while place < last and (values[place] < LEAST or before + values[place] <= target):
         before += values[place]
         place += 1
@@ -45,25 +45,25 @@ def _draw(
     logits: Any, uniforms: Any, first: Any, largest: Any, totals: Any, labels: Any, numbers: Any, start: Any, stop: Any
 ) -> None:
     columns = logits.shape[1]
-    panels = (columns + PANEL - 1) // PANEL
-    row = np.full(panels * PANEL, 0xFF80, np.uint16)  # −∞ behind the last logit
-    values, sums = np.empty(panels * PANEL, np.float32), np.empty(panels, np.float32)
+    groups = (columns + GROUP - 1) // GROUP
+    row = np.full(groups * GROUP, 0xFF80, np.uint16)  # −∞ behind the last logit
+    values, sums = np.empty(groups * GROUP, np.float32), np.empty(groups, np.float32)
     for t in range(start, stop):
         magnitude = np.uint16(0)
         for i in range(columns):
             row[i] = logits[t, i]
             magnitude = max(magnitude, np.uint16(logits[t, i] & np.uint16(0x7FFF)))
-        highest = max(largest_bf16(row.ctypes.data, panels), largest[t])
+        highest = max(largest_bf16(row.ctypes.data, groups * GROUP // PANEL), largest[t])
         if magnitude > np.uint16(0x7F80) or highest == np.inf:
             # No distribution; e^x would hide it.
             totals[t] = np.nan
             continue
         if highest == -np.inf:
             continue
-        bf16_exponentials(row.ctypes.data, panels, highest, values.ctypes.data, sums.ctypes.data)
+        bf16_exponentials(row.ctypes.data, groups, highest, values.ctypes.data, sums.ctypes.data)
         added = np.float64(0.0)
-        for panel in range(panels):
-            added += np.float64(sums[panel])
+        for group in range(groups):
+            added += np.float64(sums[group])
         totals[t] = totals[t] * math.exp(np.float64(largest[t]) - np.float64(highest)) + added
         largest[t] = highest
         for k in range(labels.shape[1]):

@@ -9,8 +9,10 @@ Packing and multiplying take turns in one program (kernels.team): waking threads
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -207,8 +209,27 @@ def padded_roots(roots: torch.Tensor | None) -> torch.Tensor | None:
     return None if roots is None else torch.cat([roots, roots.new_zeros(2 * TOGETHER)])
 
 
+class _Room:
+    """Memory that rows are packed into: a thread's next ones find it in its caches, whatever they are added to."""
+
+    def __init__(self) -> None:
+        self.packed, self.turned = (np.empty(0, np.uint32) for _ in range(2))
+
+    def addresses(self, words: int, turned_words: int) -> tuple[int, int]:
+        """Where so many words each have place; 0 for none."""
+        if len(self.packed) < words:
+            self.packed = np.empty(words, np.uint32)
+        if len(self.turned) < turned_words:
+            self.turned = np.empty(turned_words, np.uint32)
+        return self.packed.ctypes.data, self.turned.ctypes.data if turned_words else 0
+
+
+# By thread, and whether rows are the left factor: it lives as long as some rows that were packed into it.
+_rooms: WeakValueDictionary[tuple[int, bool], _Room] = WeakValueDictionary()
+
+
 class PackedRows:
-    """Rows of one width as pairs, some at a time, and the memory that they are packed into.
+    """Rows of one width as pairs, some at a time.
 
     Args:
         most: rows at a time. is_left: whether they are the left factor, or both.
@@ -223,8 +244,7 @@ class PackedRows:
         absolute = torch.zeros(width, dtype=torch.float64) if absolute is None else absolute
         self._kept, self._most = (absmax, absolute), most
         self.tiles = -(-width // TILE)
-        self._is_turned = is_left and HAS_MATRIX_UNITS
-        self._memory, self._turned = (np.empty(0, np.uint32) for _ in range(2))
+        self._is_left = is_left
         fixed = {WIDTH: width, ABSMAX_AT: absmax.data_ptr(), ABSOLUTE_AT: absolute.data_ptr()}
         self._work = Work(_compiled()[0], fixed)
 
@@ -238,17 +258,14 @@ class PackedRows:
         """
         count = min(self._most, len(rows) - start)
         channels, pairs = self.tiles * TILE, pairs_of(min(self._most, len(rows)))
-        if len(self._memory) < channels * pairs:
-            self._memory = np.empty(channels * pairs, np.uint32)
-            if self._is_turned:
-                self._turned = np.empty(channels * turned_bytes(pairs) // 4, np.uint32)
-        turned_at = self._turned.ctypes.data if self._is_turned else 0
+        turned_words = channels * turned_bytes(pairs) // 4 if self._is_left and HAS_MATRIX_UNITS else 0
+        self._room = _rooms.setdefault((threading.get_ident(), self._is_left), _Room())
+        packed_at, turned_at = self._room.addresses(channels * pairs, turned_words)
         step = self._work.step(self.tiles * (TILE // LANES), {
             ROWS_AT: rows[start:].data_ptr(), ROW_BYTES: 2 * rows.stride(0), COUNT: count,
-            ROOTS_AT: 0 if roots is None else roots[start:].data_ptr(), PACKED_AT: self._memory.ctypes.data,
-            TURNED_AT: turned_at,
+            ROOTS_AT: 0 if roots is None else roots[start:].data_ptr(), PACKED_AT: packed_at, TURNED_AT: turned_at,
         })  # fmt: skip
-        return step, self._memory.ctypes.data, turned_at, count
+        return step, packed_at, turned_at, count
 
 
 class GramTiles:

@@ -27,6 +27,7 @@ from fewbits.kernels.lanes import (
     repeat,
     rounded,
     splat,
+    spread,
     widened,
 )
 from fewbits.kernels.one_token import COEFFICIENTS
@@ -56,6 +57,21 @@ def exponential_of(builder: Any, x: Any) -> Any:
     value = builder.fadd(multiply_add(builder, series, square, rest), constant(1.0))
     raised = builder.add(builder.fptosi(power, WORDS), splat(WORDS, 127))
     return builder.fmul(value, builder.bitcast(builder.shl(raised, splat(WORDS, 23)), Sums.vector))
+
+
+# 2^x on half a power of two around 0, within 3e-6 of itself: rounding to bf16 moves numbers a thousand times as far.
+_SERIES = (9.5700975e-3, 5.5917859e-2, 0.24024744, 0.69312179, 0.99999928)
+
+
+def rough_exponential_of(builder: Any, x: Any, least: int = -126) -> Any:
+    """e^x of a vector, within 3e-6 of itself, but no less than 2^least; x is at most 0, or not far above."""
+    bounded = larger(builder, builder.fmul(x, constant(1.4426950408889634)), constant(least))
+    power = call(builder, "llvm.rint.v16f32", Sums.vector, [bounded])
+    rest, value = builder.fsub(bounded, power), constant(_SERIES[0])
+    for coefficient in _SERIES[1:]:
+        value = multiply_add(builder, value, rest, constant(coefficient))
+    exponent = builder.shl(builder.fptosi(power, WORDS), splat(WORDS, 23))
+    return builder.bitcast(builder.add(builder.bitcast(value, WORDS), exponent), Sums.vector)
 
 
 def store_bf16(builder: Any, address: Any, halves: list[Any]) -> None:
@@ -89,6 +105,18 @@ def bf16_panel(builder: Any, address: Any, panel: Any) -> list[Any]:
     return [widened(builder, half) for half in halves_of(builder, both)]
 
 
+def within(builder: Any, panel: Any, first: Any, count: Any) -> list[Any]:
+    """Which numbers of a panel are among `count` from place `first` on, one mask a vector."""
+    begin = builder.sub(builder.mul(panel, ir.Constant(I64, PANEL)), first)
+    limit = spread(builder, builder.trunc(count, I32))
+    masks = []
+    for half in range(PANEL // LANES):
+        place = spread(builder, builder.trunc(builder.add(begin, ir.Constant(I64, half * LANES)), I32))
+        # Below `first`, as an unsigned number it is far beyond all.
+        masks.append(builder.icmp_unsigned("<", builder.add(place, ir.Constant(WORDS, list(range(LANES)))), limit))
+    return masks
+
+
 def largest_of(panel_of: Callable[[Any, Any, Any], list[Any]]) -> Callable[..., Any]:
     """An intrinsic (address, panels): the largest number there, as `panel_of` reads them."""
 
@@ -108,6 +136,25 @@ def largest_of(panel_of: Callable[[Any, Any, Any], list[Any]]) -> Callable[..., 
         return types.float32(types.int64, types.int64), generate
 
     return largest  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def round_panels(typing_context: Any, numbers: Any, panels: Any, factor: Any, out: Any) -> Any:
+    """Panels of fp32 numbers at an address, times a factor, rounded to bf16 at another."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        numbers, panels, factor, out = arguments
+        factor = spread(builder, factor)
+
+        def body(panel: Any, carried: list[Any]) -> list[Any]:
+            halves = [builder.fmul(number, factor) for number in fp32_panel(builder, numbers, panel)]
+            store_bf16(builder, bf16_at(builder, out, panel), halves)
+            return []
+
+        repeat(builder, panels, [], body)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.float32, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
