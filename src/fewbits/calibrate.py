@@ -27,6 +27,7 @@ import torch
 from fewbits.block_folds import Folding
 from fewbits.block_inputs import BlockInputs
 from fewbits.block_run import BlockRun, Solve, Timings, TokenWeights, Watcher
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.layers import LinearLayer
 from fewbits.notes import Note
 from fewbits.originals import Follows, Originals, stride_of
@@ -35,7 +36,8 @@ from fewbits.skeleton import Skeleton
 from fewbits.states import States, write_states
 from fewbits.suspended import SuspendedForward, hidden_of, structure_of
 
-MICRO_BATCH_TOKENS = 2048
+# Tokens of a micro-batch at least; how many more it may have, and up to how many numbers of the widest activations.
+MICRO_BATCH_TOKENS, MICRO_BATCH_NUMBERS, MOST_TOKENS = 2048, 1 << 23, 4096
 # Hidden states that take more than this lie in mapped files between blocks.
 PAGED_BYTES = 1 << 26
 
@@ -78,9 +80,16 @@ class BlockDone:
             self._originals.save_states(path)
 
 
-def micro_batch_size(length: int) -> int:
-    """Samples in one micro-batch: enough tokens for matrix products at full speed, few enough to stay in the cache."""
-    return max(1, MICRO_BATCH_TOKENS // length)
+def micro_batch_size(length: int, layers: Sequence[LinearLayer]) -> int:
+    """Samples in one micro-batch: enough tokens for matrix products at full speed, few enough to stay in the cache.
+
+    Matrix units are so fast that what goes on around products weighs more: narrow layers have more tokens there.
+    """
+    tokens = MICRO_BATCH_TOKENS
+    if HAS_MATRIX_UNITS:
+        widest = max((max(layer.in_features, layer.out_features) for layer in layers), default=MICRO_BATCH_NUMBERS)
+        tokens = min(max(tokens, MICRO_BATCH_NUMBERS // widest), MOST_TOKENS)
+    return max(1, tokens // length)
 
 
 def bytes_in_flight(skeleton: Skeleton, tokens: int, layers: Sequence[LinearLayer]) -> int:
@@ -132,7 +141,7 @@ def run_blocks(
     for layer in layers:
         if layer.block is not None:
             wanted.setdefault(layer.block, {})[layer.tensor] = layer
-    size = micro_batch or micro_batch_size(ids.shape[1])
+    size = micro_batch or micro_batch_size(ids.shape[1], layers)
     timings, began = Timings(), time.perf_counter()
     limited = memory_limit is not None and memory_limit < bytes_in_flight(skeleton, ids.numel(), layers)
     skeleton.materialize_rest()

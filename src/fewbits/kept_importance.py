@@ -55,7 +55,7 @@ class KeptImportance:
             OutputError: the disk is full or fails.
         """
         weights = measure_importance(
-            skeleton, ids, layers, micro_batch=micro_batch_size(ids.shape[1]), seed=seed, folder=self.folder,
+            skeleton, ids, layers, micro_batch=micro_batch_size(ids.shape[1], layers), seed=seed, folder=self.folder,
             memory_limit=MEMORY_LIMIT if memory_limit is None else min(MEMORY_LIMIT, memory_limit),
             watcher=watcher, coupled=self.coupled, keep_grams=self._keep_grams,
         ).weights  # fmt: skip
