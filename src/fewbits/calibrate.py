@@ -36,8 +36,8 @@ from fewbits.skeleton import Skeleton
 from fewbits.states import States, write_states
 from fewbits.suspended import SuspendedForward, hidden_of, structure_of
 
-# Tokens of a micro-batch at least; how many more it may have, and up to how many numbers of the widest activations.
-MICRO_BATCH_TOKENS, MICRO_BATCH_NUMBERS, MOST_TOKENS = 2048, 1 << 23, 4096
+# Tokens of a micro-batch, at least and at most; between these its widest activations are no more numbers than that.
+LEAST_TOKENS, MOST_TOKENS, MOST_NUMBERS = 2048, 4096, 1 << 23
 # Hidden states that take more than this lie in mapped files between blocks.
 PAGED_BYTES = 1 << 26
 
@@ -85,10 +85,10 @@ def micro_batch_size(length: int, layers: Sequence[LinearLayer]) -> int:
 
     Matrix units are so fast that what goes on around products weighs more: narrow layers have more tokens there.
     """
-    tokens = MICRO_BATCH_TOKENS
+    tokens = LEAST_TOKENS
     if HAS_MATRIX_UNITS:
-        widest = max((max(layer.in_features, layer.out_features) for layer in layers), default=MICRO_BATCH_NUMBERS)
-        tokens = min(max(tokens, MICRO_BATCH_NUMBERS // widest), MOST_TOKENS)
+        widest = max((max(layer.in_features, layer.out_features) for layer in layers), default=MOST_NUMBERS)
+        tokens = min(max(tokens, MOST_NUMBERS // widest), MOST_TOKENS)
     return max(1, tokens // length)
 
 

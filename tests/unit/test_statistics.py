@@ -41,6 +41,20 @@ def test_wide_sums_of_many_rows_are_those_of_fp64() -> None:
     assert bool(((accumulator.finish().gram.double() - exact.T @ exact).abs() <= bound).all())
 
 
+def test_sums_that_take_turns_do_not_meet() -> None:
+    """They pack their rows into the same memory."""
+    widths, taking_turns = (33, 300, 96), [StatisticsAccumulator(width) for width in (33, 300, 96)]
+    rows = [rows_of(700, width, torch.bfloat16, seed=width) for width in widths]
+    for part in (slice(0, 600), slice(600, 700)):
+        for accumulator, some in zip(taking_turns, rows, strict=True):
+            accumulator.add(some[part])
+    for accumulator, some in zip(taking_turns, rows, strict=True):
+        alone = StatisticsAccumulator(some.shape[1])
+        alone.add(some[:600])
+        alone.add(some[600:])
+        assert torch.equal(accumulator.finish().gram, alone.finish().gram)
+
+
 @pytest.mark.parametrize("width", [33, 300])
 def test_weights_count_in_the_gram_and_nowhere_else(width: int) -> None:
     rows, weights = rows_of(640, width), torch.rand(640, generator=torch.Generator().manual_seed(3)) ** 4
