@@ -224,7 +224,7 @@ class _Run:
         return found
 
     def _check_finite(self, index: int, gradient: torch.Tensor) -> None:
-        if not bool(torch.isfinite(gradient).all()):
+        if not bool(torch.isfinite(row_lengths(gradient.reshape(-1, gradient.shape[-1]))).all()):
             raise CalibrationError(
                 f"The loss's gradient in front of {self._skeleton.block_names[index]} has NaN or infinite values.",
                 "calibrate without it: --importance none",
