@@ -37,8 +37,8 @@ from fewbits.kernels.tile_sums import begin, end, tile_of
 ROWS, TILE = 128, 32
 # What the words of a row are a multiple of, and how many are multiplied with all outputs of a panel before the next.
 TURN, CHUNK = 16, 512
-# Bytes of a row of sums, of 32 outputs, and from one row of activations to the next: a line more than it has, so that
-# rows don't fall on the same lines of a cache.
+# Bytes of a row of sums, of 32 outputs, and from one copied row of activations to the next: a line more than it has, so
+# that rows don't fall on the same lines of a cache.
 LINE, STRIDE = 4 * OUTPUTS, 4 * CHUNK + 64
 
 
@@ -48,6 +48,12 @@ def _copy_rows(fields: Any, token: Any, count: Any, first: Any, last: Any, ready
     at = fields[X_AT] + 4 * (token * fields[X_WORDS] + first)
     for row in range(count):
         copy_bytes(ready + row * STRIDE, at + 4 * row * fields[X_WORDS], 4 * (last - first))
+
+
+@inner
+def _lie_well(fields: Any, count: Any) -> Any:
+    """Whether tokens' words are multiplied where they are: whole tiles of whole lines, spread over a cache."""
+    return count % TILE == 0 and fields[X_AT] % 64 == 0 and fields[X_WORDS] // TURN % 16 != 0
 
 
 @inner
@@ -69,45 +75,54 @@ def _write(tile: Any, fields: Any, token: Any, count: Any, column: Any, sums: An
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _add(typing_context: Any, tile: Any, rows: Any, weight: Any, turns: Any, sums: Any, begun: Any) -> Any:
-    """Sums += 32 rows · a panel's 32 outputs over 16 words a turn, at addresses; written anew if not `begun`."""
+def _add(typing_context: Any, tile: Any, rows: Any, stride: Any, weight: Any, turns: Any, sums: Any, begun: Any) -> Any:
+    """Sums += 32 rows, `stride` bytes apart, · a panel's 32 outputs over 16 words a turn; anew if not `begun`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if HAS_MATRIX_UNITS:
-            _, rows, weight, turns, sums, begun = arguments
+            _, rows, stride, weight, turns, sums, begun = arguments
             kind = UNSIGNED_BY_SIGNED if signature.args[0].of_bytes else PAIRS
             line = ir.Constant(I64, LINE)
-            stride = ir.Constant(I64, STRIDE)
             add_tiles(builder, kind, 2, 2, rows, stride, weight, line, turns, sums, line, begun)
         return context.get_dummy_value()
 
-    return types.none(tile, *[types.int64] * 4, types.boolean), generate
+    return types.none(tile, *[types.int64] * 5, types.boolean), generate
 
 
 @inner
 def _multiply(tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> None:
     words, tiles = fields[X_WORDS], (fields[WIDTH] + OUTPUTS - 1) // OUTPUTS
     runs = (fields[TOKENS] + fields[SOME] - 1) // fields[SOME]
-    chunks, turns = (words + CHUNK - 1) // CHUNK, words // TURN
-    some = (turns + chunks - 1) // chunks * TURN
+    chunks = (words + CHUNK - 1) // CHUNK
+    some = (words // TURN + chunks - 1) // chunks * TURN
     ready = (memory.ctypes.data + 63) // 64 * 64
     room = ready + ROWS * STRIDE
     first_sums = room + ROWS * LINE
-    # Sums wait for the next words of a row; if there are none, those of all outputs can be in one place.
-    apart = ROWS * LINE if chunks > 1 else 0
+    # Sums wait for the next words of a row; if there are none, only until the next ones are made.
+    waiting = fields[PANEL] if chunks > 1 else 2
     for number in range(start, stop):
         top, token = number // runs * fields[PANEL], number % runs * fields[SOME]
         behind, count = min(top + fields[PANEL], tiles), min(fields[SOME], fields[TOKENS] - token)
         for first in range(0, words, some):
             last = min(first + some, words)
-            _copy_rows(fields, token, count, first, last, ready)
+            rows, stride = fields[X_AT] + 4 * (token * words + first), 4 * words
+            if not _lie_well(fields, count):
+                _copy_rows(fields, token, count, first, last, ready)
+                rows, stride = ready, np.int64(STRIDE)
+            made_column, made_row, made_at = np.int64(-1), np.int64(0), np.int64(0)
             for column in range(top, behind):
                 weight = fields[WEIGHT_AT] + LINE * (column * words + first)
-                sums = first_sums + (column - top) * apart
                 for row in range(0, count, TILE):
-                    _add(tile, ready + row * STRIDE, weight, (last - first) // TURN, sums + row * LINE, first != 0)
-                if last == words:
-                    _write(tile, fields, token, count, column, sums, room)
+                    sums = first_sums + ((column - top) % waiting * ROWS + row) * LINE
+                    _add(tile, rows + row * stride, stride, weight, (last - first) // TURN, sums, first != 0)
+                    if last < words:
+                        continue
+                    # The ones made before: the processor finishes them while matrix units are at work.
+                    if made_column >= 0:
+                        _write(tile, fields, token + made_row, min(TILE, count - made_row), made_column, made_at, room)
+                    made_column, made_row, made_at = column, row, sums
+            if made_column >= 0:
+                _write(tile, fields, token + made_row, min(TILE, count - made_row), made_column, made_at, room)
 
 
 @cache
@@ -116,7 +131,7 @@ def matrix_rows(of_bytes: bool) -> Any:
 
     def work(address: Any, start: Any, stop: Any) -> None:
         tile, fields = tile_of(2, of_bytes, True), carray(pointer_to(address), (WORDS,), np.int64)
-        waiting = fields[PANEL] if fields[X_WORDS] > CHUNK else 1
+        waiting = fields[PANEL] if fields[X_WORDS] > CHUNK else 2
         begin(tile)
         # Handed over rather than used here: it lives as long as the call.
         _multiply(tile, fields, start, stop, np.empty(64 + ROWS * (STRIDE + LINE * (1 + waiting)), np.uint8))
