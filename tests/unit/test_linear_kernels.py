@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import timeit
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -174,6 +175,32 @@ def test_a_token_that_is_no_number_spoils_itself_only(scheme: Scheme, bad: float
     for kernel in able(scheme, 128, 8, 3, torch.float32):
         y = kernel.prepare(case.weight, case.bias)(x)
         assert torch.isfinite(y[:2]).all() and not torch.isfinite(y[2, 1:]).any(), kernel.name
+
+
+@pytest.mark.parametrize("scheme", [W8A8, Scheme("float", 8, True, 0, "dynamic"), Scheme("int", 4, False, 32)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 20, 130])
+def test_later_calls_multiply_their_own_numbers(scheme: Scheme, tokens: int) -> None:
+    """Programs are kept, and buffers shared by layers: numbers lie elsewhere at each call."""
+    cases = [make(scheme, rows, 576) for rows in (40, 576)]
+    inputs = [activations(tokens, 576, torch.bfloat16) * factor for factor in (1, -2, 0.5, 3)]
+    for kernels in zip(*(able(scheme, 576, 576, tokens, torch.bfloat16) for _ in cases), strict=True):
+        kept = [kernel.prepare(case.weight, case.bias) for kernel, case in zip(kernels, cases, strict=True)]
+        found = [[linear(x) for linear in kept] for x in inputs]
+        for x, outputs in zip(inputs, found, strict=True):
+            for kernel, case, output in zip(kernels, cases, outputs, strict=True):
+                assert torch.equal(output, kernel.prepare(case.weight, case.bias)(x)), kernel.name
+
+
+def test_threads_that_call_one_layer_do_not_meet() -> None:
+    scheme = Scheme("int", 4, False, 32)
+    case = make(scheme, 320, 576)
+    inputs = [activations(33, 576, torch.bfloat16) * factor for factor in range(1, 9)]
+    (kernel, *_) = able(scheme, 576, 320, 33, torch.bfloat16)
+    expected = [kernel.prepare(case.weight, case.bias)(x) for x in inputs]
+    linear = kernel.prepare(case.weight, case.bias)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            assert all(map(torch.equal, pool.map(linear, inputs), expected))
 
 
 def test_no_tokens() -> None:

@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from threading import get_ident
+from weakref import WeakValueDictionary
 
 import torch
 
 from fewbits.kernels.spec import Steps
-from fewbits.kernels.team import Program, team_size
+from fewbits.kernels.team import Places, Program, team_size
 
-# Programs of calls with so many tokens are kept for the next: making the steps anew takes longer than a small layer's
-# product, and their buffers are small.
-KEPT_TOKENS = 16
+# Buffers that calls of one thread share, as it makes one at a time: by thread, place among a call's, shape and dtype.
+_Key = tuple[int, int, torch.Size, torch.dtype]
+_shared: WeakValueDictionary[_Key, torch.Tensor] = WeakValueDictionary()
+
+
+def _shared_buffer(key: _Key) -> torch.Tensor:
+    found = _shared.get(key)
+    if found is None:
+        found = _shared[key] = torch.empty(key[2], dtype=key[3])
+    return found
+
+
+class _Call:
+    """The program of one call, and of the next ones of as many tokens, whose numbers lie elsewhere.
+
+    Making the steps anew takes longer than a small layer's product.
+    """
+
+    def __init__(self, steps: Steps, x: torch.Tensor, out: torch.Tensor) -> None:
+        self.tokens, self.program = len(x), Program(steps.blocks)
+        self._buffers = steps.buffers
+        self._kinds = [(number, buffer.shape, buffer.dtype) for number, buffer in enumerate(steps.buffers)]
+        self._spans = [(memory.data_ptr(), memory.nbytes) for memory in (x, out, *steps.buffers)]
+        self._places: list[Places] = []
+        self._thread = 0
+
+    def move(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Have it multiply other numbers, in buffers of the thread that asks for it."""
+        moved: tuple[torch.Tensor, ...] = (x, out)
+        thread = get_ident()
+        if not self._places:
+            self._places = [self.program.places(*span) for span in self._spans]
+        if self._thread != thread:
+            self._thread, self._buffers = thread, tuple(_shared_buffer((thread, *kind)) for kind in self._kinds)
+            moved += self._buffers
+        for memory, places in zip(moved, self._places, strict=False):
+            self.program.put(places, memory.data_ptr())
+
+    def end(self) -> None:
+        """Let go of buffers of its own."""
+        if self._thread == 0:
+            self._buffers = ()
 
 
 class CompiledLinear(ABC):
@@ -19,8 +60,8 @@ class CompiledLinear(ABC):
 
     def __init__(self, out_features: int, in_features: int) -> None:
         self._out, self._in = out_features, in_features
-        # Of the last call, by dtype.
-        self._kept_programs: dict[torch.dtype, tuple[int, Program, Steps]] = {}
+        # The last call, by dtype.
+        self._calls: dict[torch.dtype, _Call] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.shape[0]
@@ -29,17 +70,14 @@ class CompiledLinear(ABC):
             return out
         x = x.contiguous()
         # Taken out while it runs: another thread that calls this layer makes its own.
-        kept = self._kept_programs.pop(x.dtype, None) if tokens <= KEPT_TOKENS else None
-        if kept is not None and kept[0] == tokens:
-            _, program, steps = kept
-            program.place(0, steps.x_at, x.data_ptr())
-            program.place(-1, steps.out_at, out.data_ptr())
+        call = self._calls.pop(x.dtype, None)
+        if call is not None and call.tokens == tokens:
+            call.move(x, out)
         else:
-            steps = self.steps(x, out)
-            program = Program(steps.blocks)
-        program.run(team_size(tokens * self._out * self._in))
-        if tokens <= KEPT_TOKENS:
-            self._kept_programs[x.dtype] = tokens, program, steps
+            call = _Call(self.steps(x, out), x, out)
+        call.program.run(team_size(tokens * self._out * self._in))
+        call.end()
+        self._calls[x.dtype] = call
         return out
 
     @abstractmethod

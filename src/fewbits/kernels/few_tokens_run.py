@@ -87,7 +87,7 @@ class DotRows(CompiledLinear):
             rows.X_AT: values.data_ptr(), rows.PARTS: parts, rows.TOKENS: tokens, rows.X_SUMS_AT: sums_at,
             rows.X_SCALES_AT: scales_at, rows.OUT_AT: out.data_ptr(), rows.OUT_KIND: STORED[out.dtype],
         })  # fmt: skip
-        return Steps((arrange, multiply), (values, sums, scales), arranged.X_AT, rows.OUT_AT)
+        return Steps((arrange, multiply), tuple(each for each in (values, sums, scales) if each is not None))
 
 
 def few_tokens(weight: LinearWeight, bias: torch.Tensor | None) -> DotRows:

@@ -7,7 +7,6 @@ import torch
 from fewbits.kernels import dot_bytes, scale_sums
 from fewbits.kernels import tile_rows as rows
 from fewbits.kernels import token_words as words
-from fewbits.kernels import tokens as tokens_work
 from fewbits.kernels.byte_tiles import byte_tiles
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.lanes import LANES
@@ -55,7 +54,7 @@ class FewTokensInt8(CompiledLinear):
             dot_bytes.X_AT: codes.data_ptr(), dot_bytes.X_SCALES_AT: scales.data_ptr(), dot_bytes.TOKENS: tokens,
             dot_bytes.OUT_AT: out.data_ptr(), dot_bytes.OUT_KIND: STORED[out.dtype],
         })  # fmt: skip
-        return Steps((int8_step(x, codes, scales), multiply), (codes, scales), tokens_work.X_AT, dot_bytes.OUT_AT)
+        return Steps((int8_step(x, codes, scales), multiply), (codes, scales))
 
 
 class ByteTiles(CompiledLinear):
@@ -100,7 +99,7 @@ class ByteTiles(CompiledLinear):
             rows.OUT_AT: out.data_ptr(), rows.OUT_KIND: STORED[out.dtype],
         })  # fmt: skip
         blocks = (int8_step(x, codes, scales), arrange, multiply)
-        return Steps(blocks, (codes, scales, arranged), tokens_work.X_AT, rows.OUT_AT)
+        return Steps(blocks, (codes, scales, arranged))
 
 
 class OneDnnInt8Run:

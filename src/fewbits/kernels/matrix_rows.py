@@ -109,7 +109,7 @@ def _multiply(tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> Non
             if not _lie_well(fields, count):
                 _copy_rows(fields, token, count, first, last, ready)
                 rows, stride = ready, np.int64(STRIDE)
-            made_column, made_row, made_at = np.int64(-1), np.int64(0), np.int64(0)
+            made_column, made_row, made_at = -1, 0, 0
             for column in range(top, behind):
                 weight = fields[WEIGHT_AT] + LINE * (column * words + first)
                 for row in range(0, count, TILE):

@@ -9,7 +9,6 @@ import torch
 from fewbits.kernels import column_pairs as columns
 from fewbits.kernels import matrix_rows as rows
 from fewbits.kernels import token_words as words
-from fewbits.kernels import tokens as tokens_work
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
@@ -102,7 +101,7 @@ class PairRows(CompiledLinear):
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
         """Multiply."""
-        return Steps((self._products.step(x.data_ptr(), 0, out),), (), rows.X_AT, rows.OUT_AT)
+        return Steps((self._products.step(x.data_ptr(), 0, out),))
 
 
 class ByteRows(CompiledLinear):
@@ -123,4 +122,4 @@ class ByteRows(CompiledLinear):
         """Round the activations, multiply."""
         codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty((len(x), 1))
         multiply = self._products.step(codes.data_ptr(), scales.data_ptr(), out)
-        return Steps((int8_step(x, codes, scales), multiply), (codes, scales), tokens_work.X_AT, rows.OUT_AT)
+        return Steps((int8_step(x, codes, scales), multiply), (codes, scales))

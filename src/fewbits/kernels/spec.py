@@ -77,14 +77,12 @@ class LinearWeight:
 class Steps:
     """Compiled work that a program may hold (kernels.team).
 
-    kept: what has to stay alive as long, besides the linear, its input and its output.
-    x_at, out_at: the fields of the first and the last block that hold the input's and the output's address.
+    buffers: what it writes and reads on the way; they have to stay alive as long, as do the linear, its input and its
+    output.
     """
 
     blocks: tuple[Any, ...]
-    kept: tuple[Any, ...]
-    x_at: int
-    out_at: int
+    buffers: tuple[torch.Tensor, ...] = ()
 
 
 @runtime_checkable

@@ -56,6 +56,8 @@ FETCHED_AT_ONCE, FETCHED = 2**9, 2**17
 # Looks at the counter before the processor is offered to others: some 30 µs, more than an undisturbed piece takes.
 LOOKS = 1000
 
+# Words of a program by their numbers, and how far behind the start of some memory each is.
+Places = list[tuple[int, int]]
 # void(address of the block, first row, last row + 1)
 _WORK = types.void(types.int64, types.int64, types.int64)
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -247,9 +249,15 @@ class Program:
         self._blocks = self._words[HEADER:].reshape(len(steps), WORDS)
         self._counters = self._blocks[:, : DONE + 1 : LINE]
 
-    def place(self, step: int, field: int, address: int) -> None:
-        """Put another address into a field of a step."""
-        self._blocks[step, field] = address
+    def places(self, start: int, size: int) -> Places:
+        """Where addresses of so many bytes of memory are among the words of all steps, and how far behind its start."""
+        found = np.flatnonzero((self._words >= start) & (self._words < start + size))
+        return [(place, int(self._words[place]) - start) for place in found.tolist()]
+
+    def put(self, places: Places, start: int) -> None:
+        """Have steps use other memory in place of that which `places` was asked for."""
+        for place, behind in places:
+            self._words[place] = start + behind
 
     def begin(self, threads: int) -> None:
         """Have all rows yet to be done, by so many threads."""

@@ -7,7 +7,6 @@ import torch
 from fewbits.kernels import tile_rows as rows
 from fewbits.kernels import token_tiles as tiles
 from fewbits.kernels import token_words as words
-from fewbits.kernels import tokens as rounding
 from fewbits.kernels.compiled_linear import CompiledLinear
 from fewbits.kernels.decode_vectors import vector_bytes
 from fewbits.kernels.decoders import FP8, INT8
@@ -88,5 +87,4 @@ class TokenTiles(CompiledLinear):
                 rows.X_SCALES_AT: 0 if scales is None else scales[first].data_ptr(),
                 rows.OUT_AT: out[first].data_ptr(), rows.OUT_KIND: STORED[out.dtype],
             }))  # fmt: skip
-        x_at = rounding.X_AT if self._rounds_tokens else words.X_AT
-        return Steps(tuple(blocks), (values, scales, arranged), x_at, rows.OUT_AT)
+        return Steps(tuple(blocks), (arranged,) if scales is None else (values, scales, arranged))
