@@ -128,7 +128,7 @@ class DrawnHead:
             with torch.enable_grad():
                 rows = hidden[part].detach().requires_grad_()
                 logits = self._skeleton.head(rows[None], output_type)[0]
-            labels = self._draw([(slice(None), 0, logits.detach())], rows, first_token + part.start)
+            labels = self._draw([(slice(0, len(rows)), 0, logits.detach())], rows, first_token + part.start)
             pull = torch.zeros_like(logits).scatter_add_(-1, labels, self._shares.to(logits).expand(labels.shape))
             (gradient[part],) = torch.autograd.grad(logits, rows, pull)
         return gradient
@@ -139,8 +139,8 @@ class DrawnHead:
         """Labels [tokens, LABELS] from tiles of logits."""
         drawn = Drawn.of(len(hidden), hidden.device)
         for tokens, first, logits in tiles:
-            begin = first_token + (tokens.start or 0)
-            drawn.see(logits, first, uniforms(self._seed, begin, len(logits), first), tokens)
+            numbers = uniforms(self._seed, first_token + tokens.start, len(logits), first)
+            drawn.see(logits, first, numbers, tokens)
         if not math.isfinite(drawn.loss):
             # The gradient would not tell: it looks at the logits of the labels alone.
             raise CalibrationError(

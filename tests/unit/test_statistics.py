@@ -43,7 +43,8 @@ def test_wide_sums_of_many_rows_are_those_of_fp64() -> None:
 
 def test_sums_that_take_turns_do_not_meet() -> None:
     """They pack their rows into the same memory."""
-    widths, taking_turns = (33, 300, 96), [StatisticsAccumulator(width) for width in (33, 300, 96)]
+    widths = 33, 300, 96
+    taking_turns = [StatisticsAccumulator(width) for width in widths]
     rows = [rows_of(700, width, torch.bfloat16, seed=width) for width in widths]
     for part in (slice(0, 600), slice(600, 700)):
         for accumulator, some in zip(taking_turns, rows, strict=True):
