@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from threading import get_ident
-from weakref import WeakValueDictionary
 
 import torch
 
+from fewbits.kernels.scratch import shared_buffer
 from fewbits.kernels.spec import Steps
 from fewbits.kernels.team import Places, Program, team_size
-
-# Buffers that calls of one thread share, as it makes one at a time: by thread, place among a call's, shape and dtype.
-_Key = tuple[int, int, torch.Size, torch.dtype]
-_shared: WeakValueDictionary[_Key, torch.Tensor] = WeakValueDictionary()
-
-
-def _shared_buffer(key: _Key) -> torch.Tensor:
-    found = _shared.get(key)
-    if found is None:
-        found = _shared[key] = torch.empty(key[2], dtype=key[3])
-    return found
 
 
 class _Call:
@@ -32,7 +21,8 @@ class _Call:
     def __init__(self, steps: Steps, x: torch.Tensor, out: torch.Tensor) -> None:
         self.tokens, self.program = len(x), Program(steps.blocks)
         self._buffers = steps.buffers
-        self._kinds = [(number, buffer.shape, buffer.dtype) for number, buffer in enumerate(steps.buffers)]
+        # A call's buffers may be alike: each has a purpose of its own.
+        self._kinds = [(("call", n), buffer.shape, buffer.dtype) for n, buffer in enumerate(steps.buffers)]
         self._spans = [(memory.data_ptr(), memory.nbytes) for memory in (x, out, *steps.buffers)]
         self._places: list[Places] = []
         self._thread = 0
@@ -44,7 +34,7 @@ class _Call:
         if not self._places:
             self._places = [self.program.places(*span) for span in self._spans]
         if self._thread != thread:
-            self._thread, self._buffers = thread, tuple(_shared_buffer((thread, *kind)) for kind in self._kinds)
+            self._thread, self._buffers = thread, tuple(shared_buffer(*kind) for kind in self._kinds)
             moved += self._buffers
         for memory, places in zip(moved, self._places, strict=False):
             self.program.put(places, memory.data_ptr())

@@ -9,10 +9,8 @@ Packing and multiplying take turns in one program (kernels.team): waking threads
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.kernels.memory import pointer_to
 from fewbits.kernels.packed_pairs import pack_pairs
 from fewbits.kernels.panel_lanes import add_panel
+from fewbits.kernels.scratch import shared_buffer
 from fewbits.kernels.strips import STRIP, add_strip
 from fewbits.kernels.team import OWN, WORDS, Program, Work, compiled_work, team_size
 from fewbits.kernels.turned import turn_words
@@ -209,25 +208,6 @@ def padded_roots(roots: torch.Tensor | None) -> torch.Tensor | None:
     return None if roots is None else torch.cat([roots, roots.new_zeros(2 * TOGETHER)])
 
 
-class _Room:
-    """Memory that rows are packed into: a thread's next ones find it in its caches, whatever they are added to."""
-
-    def __init__(self) -> None:
-        self.packed, self.turned = (np.empty(0, np.uint32) for _ in range(2))
-
-    def addresses(self, words: int, turned_words: int) -> tuple[int, int]:
-        """Where so many words each have place; 0 for none."""
-        if len(self.packed) < words:
-            self.packed = np.empty(words, np.uint32)
-        if len(self.turned) < turned_words:
-            self.turned = np.empty(turned_words, np.uint32)
-        return self.packed.ctypes.data, self.turned.ctypes.data if turned_words else 0
-
-
-# By thread, and whether rows are the left factor: it lives as long as some rows that were packed into it.
-_rooms: WeakValueDictionary[tuple[int, bool], _Room] = WeakValueDictionary()
-
-
 class PackedRows:
     """Rows of one width as pairs, some at a time.
 
@@ -259,8 +239,9 @@ class PackedRows:
         count = min(self._most, len(rows) - start)
         channels, pairs = self.tiles * TILE, pairs_of(min(self._most, len(rows)))
         turned_words = channels * turned_bytes(pairs) // 4 if self._is_left and HAS_MATRIX_UNITS else 0
-        self._room = _rooms.setdefault((threading.get_ident(), self._is_left), _Room())
-        packed_at, turned_at = self._room.addresses(channels * pairs, turned_words)
+        self._packed = shared_buffer(("packed", self._is_left), (channels * pairs,), torch.int32)
+        self._turned = shared_buffer("turned", (turned_words,), torch.int32)
+        packed_at, turned_at = self._packed.data_ptr(), self._turned.data_ptr() if turned_words else 0
         step = self._work.step(self.tiles * (TILE // LANES), {
             ROWS_AT: rows[start:].data_ptr(), ROW_BYTES: 2 * rows.stride(0), COUNT: count,
             ROOTS_AT: 0 if roots is None else roots[start:].data_ptr(), PACKED_AT: packed_at, TURNED_AT: turned_at,
