@@ -139,7 +139,7 @@ class StatisticsAccumulator:
             middle, below = gram[panel, panel], gram[panel, start + PANEL :]
             columns = torch.cat([gram[:start, panel], middle.triu() + middle.triu(1).T, below.T])
             with fast_fp32():
-                product = torch.cat([part.float() @ columns for part in torch.split(W, SOME_ROWS)])
+                product = torch.cat([part.to(gram.device).float() @ columns for part in torch.split(W, SOME_ROWS)])
             yield panel, product
 
     def finish(self) -> Statistics:
