@@ -15,6 +15,7 @@ from fewbits.kernels import choose as choosing
 from fewbits.kernels import int8_run, token_tiles_run
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
 from fewbits.kernels.few_tokens import FewTokens
+from fewbits.kernels.few_tokens_run import few_tokens
 from fewbits.kernels.int8_dynamic import Int8Rows, Int8Tiles, OneDnnInt8
 from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
 from fewbits.kernels.tiles import Tiles
@@ -64,6 +65,37 @@ def test_weight_only_and_fp8_products(scheme: Scheme, rows: int) -> None:
                     # So are those of panels, and products before token scale and bias are added.
                     bound += 2.0**-9 * sizes + 2.0**-7 * (np.abs(expected) + np.abs(case.bias.numpy()))
                 assert (np.abs(y.double().numpy() - expected) <= bound + 1e-6).all(), (kernel.name, tokens, dtype)
+
+
+@pytest.mark.parametrize("by_bytes", [True, False], ids=["bytes", "bf16"])
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int", 4, False), Scheme("int", 4, True, 32), Scheme("int", 8, True)], ids=str
+)
+def test_few_tokens_whichever_products_the_processor_prefers(scheme: Scheme, by_bytes: bool) -> None:
+    """As bytes, activations are whole numbers that 127 · 257 of make the largest of a block of 128, or two of these."""
+    columns = 384 if scheme.group_size else 300
+    case = make(scheme, 11, columns)
+    scales = np.repeat(np.abs(case.weight.scales.double().numpy()), columns // case.weight.scales.shape[1], 1)
+    for tokens in (1, 3, 4):
+        for dtype in DTYPES:
+            x = activations(tokens, columns, dtype)
+            x[0, 7] *= 100
+            wide = x.double().numpy()
+            expected = wide @ case.decoded.T + case.bias.numpy()
+            bound = (
+                2 * HALF_ULP[dtype] * np.abs(expected)
+                + 2.0**-20 * np.abs(wide) @ (np.abs(case.decoded) + 300 * scales).T
+            )
+            if by_bytes and dtype == torch.bfloat16:
+                padded = np.pad(np.abs(wide), ((0, 0), (0, -columns % 128))).reshape(tokens, -1, 128)
+                units = np.repeat(padded.max(-1) / (127 * 257), 128, 1)[:, :columns]
+                bound += units / 2 @ np.abs(case.decoded).T
+            y = few_tokens(case.weight, case.bias, by_bytes)(x).double().numpy()
+            assert (np.abs(y - expected) <= bound).all(), (tokens, dtype)
+            broken = x.clone()
+            broken[0, 9] = float("inf")
+            y = few_tokens(case.weight, case.bias, by_bytes)(broken)
+            assert not y[0].isfinite().any() and y[1:].isfinite().all()
 
 
 def test_weights_without_zero_points_are_as_fast() -> None:

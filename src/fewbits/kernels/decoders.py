@@ -48,17 +48,21 @@ BLOCK = 128
 RAISED = 128
 RAISED_BITS = 0x4300
 BF16, FP8, INT8 = "bf16", "fp8", "int8"
+# 4 and 8 bits that stay bytes, those of 8 raised by 128, to be multiplied with whole numbers (kernels.lanes).
+WHOLE4, WHOLE8 = "whole4", "whole8"
 SCALES = {"f32": F32, "bf16": I16, "f16": ir.HalfType()}
 # How activations are ordered within a block: as they are; code 4i + j at 32j + i; or as bytes come out of the
 # processor's interleaving, eights of each sixteen apart.
 NATURAL, BY_FOURS, BY_EIGHTS = 0, 1, 2
+# As whole numbers (kernels.lanes), one half of a block after the other, or every second of them, then those between.
+WHOLE_HALVES, WHOLE_SECONDS = 3, 4
 
 
 class Decoder(types.Type):  # type: ignore[misc]
     """How codes are stored and scaled: a type of no value, so that each way is compiled on its own.
 
-    kind: "fp8", "int8", or a width below 8 bits. lanes: sums that share one scale, 0 if the whole row does.
-    scales: "f32", "bf16" or "f16".
+    kind: "fp8", "int8", "whole4", "whole8", or a width below 8 bits. lanes: sums that share one scale, 0 if the whole
+    row does. scales: "f32", "bf16" or "f16".
     """
 
     def __init__(self, text: str) -> None:
@@ -74,9 +78,16 @@ class _DecoderModel(models.OpaqueModel):  # type: ignore[misc]
 
 def order_of(kind: str, lanes: int) -> int:
     """The order of activations within a block that a kind of codes needs."""
+    if kind in (WHOLE4, WHOLE8):
+        return WHOLE_SECONDS if kind == WHOLE4 else WHOLE_HALVES
     if _by_table(kind, lanes):
         return BY_EIGHTS
     return NATURAL if kind in (FP8, BF16) else BY_FOURS
+
+
+def fits_whole8(lanes: int) -> bool:
+    """Whether the sums of bytes of 8 bits, which are spread over the block, share one scale."""
+    return lanes in (0, LANES)
 
 
 def _by_table(kind: str, lanes: int) -> bool:
@@ -86,7 +97,8 @@ def _by_table(kind: str, lanes: int) -> bool:
 
 def block_bytes(kind: str) -> int:
     """Bytes of 128 codes."""
-    return {BF16: 2 * BLOCK, FP8: BLOCK, INT8: BLOCK}.get(kind) or BLOCK // 8 * int(kind)
+    sizes = {BF16: 2 * BLOCK, FP8: BLOCK, INT8: BLOCK, WHOLE8: BLOCK, WHOLE4: BLOCK // 2}
+    return sizes.get(kind) or BLOCK // 8 * int(kind)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -164,6 +176,16 @@ def _decode_int8(builder: Any, address: Any) -> list[Any]:
     return vectors
 
 
+def _decode_bytes(builder: Any, address: Any, kind: str) -> list[Any]:
+    """Codes as they are, those of 8 bits raised by 128: one half after the other, or every second, then the others."""
+    lane = ByteLanes.vector
+    if kind == WHOLE8:
+        places = [builder.add(address, ir.Constant(I64, offset)) for offset in (0, 64)]
+        return [builder.xor(load(builder, place, lane), splat(lane, 0x80)) for place in places]
+    stored = load(builder, address, lane)
+    return [builder.and_(field, splat(lane, 15)) for field in (stored, builder.lshr(stored, splat(lane, 4)))]
+
+
 def _decode_fields(builder: Any, address: Any, bits: int) -> list[Any]:
     word = Bf16Lanes.vector
     stored = load(builder, address, ir.VectorType(I8, BLOCK // 8 * bits))
@@ -185,12 +207,14 @@ def _decode_fields(builder: Any, address: Any, bits: int) -> list[Any]:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def codes_at(typing_context: Any, decoder: Any, address: Any) -> Any:
-    """A block of 128 codes as four vectors of bf16; codes below 8 bits as 128 + code."""
+    """A block of 128 codes as four vectors of bf16, codes below 8 bits as 128 + code; or as two of bytes."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         decoder = signature.args[0]
         kind = decoder.kind
-        if kind == BF16:
+        if kind in (WHOLE4, WHOLE8):
+            vectors = _decode_bytes(builder, arguments[1], kind)
+        elif kind == BF16:
             places = [builder.add(arguments[1], ir.Constant(I64, 2 * CODES * j)) for j in range(4)]
             vectors = [load(builder, place, Bf16Lanes.vector) for place in places]
         elif _by_table(kind, decoder.lanes):
@@ -201,7 +225,8 @@ def codes_at(typing_context: Any, decoder: Any, address: Any) -> Any:
             vectors = _decode_fields(builder, arguments[1], int(kind))
         return context.make_tuple(builder, signature.return_type, vectors)
 
-    return types.UniTuple(Bf16Lanes, 4)(decoder, types.int64), generate
+    vectors = (ByteLanes, 2) if decoder.kind in (WHOLE4, WHOLE8) else (Bf16Lanes, 4)
+    return types.UniTuple(*vectors)(decoder, types.int64), generate
 
 
 def _as_float(builder: Any, decoder: Decoder, stored: Any) -> Any:

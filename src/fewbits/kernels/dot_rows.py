@@ -19,7 +19,6 @@ from numba import carray
 
 from fewbits.kernels.compiling import inlined, inner, merged
 from fewbits.kernels.decoders import (
-    BLOCK,
     add_scaled,
     codes_at,
     decoder_of,
@@ -32,6 +31,7 @@ from fewbits.kernels.decoders import (
 from fewbits.kernels.fetching import fetch_lines
 from fewbits.kernels.lanes import (
     LANES,
+    X_BYTES,
     add_products,
     add_products_apart,
     both,
@@ -47,8 +47,8 @@ from fewbits.kernels.team import OWN, ROWS, STREAM_AT, STREAM_BYTES, WORDS, comp
 CODES_AT, ROW_BYTES = STREAM_AT, STREAM_BYTES
 (
     BLOCK_BYTES, SPANS, SPAN_BLOCKS, GROUPS, SPAN_SCALES, SCALES_AT, SCALE_KIND, ZEROS_AT, RAISED_BY, X_AT, X_STRIDE,
-    PARTS, TOKENS, X_SUMS_AT, X_SCALES_AT, BIAS_AT, OUT_AT, OUT_KIND, AHEAD,
-) = range(OWN, OWN + 19)  # fmt: skip
+    PARTS, TOKENS, X_SUMS_AT, X_SCALES_AT, BIAS_AT, OUT_AT, OUT_KIND, AHEAD, X_UNITS_AT,
+) = range(OWN, OWN + 20)  # fmt: skip
 # Bytes of a copied last block.
 COPY = 256
 # Bytes of a row from which on rows go one after the other at one token: that is how they lie in memory. Of shorter
@@ -82,6 +82,7 @@ class _Weight(NamedTuple):
     x_stride: Any
     parts: Any
     x_sums_at: Any
+    units: Any
     ahead: Any
     whole: Any
 
@@ -100,7 +101,8 @@ def _weight_of(decoder: Any, fields: Any) -> Any:
         rows, fields[CODES_AT], row_bytes, fields[BLOCK_BYTES], spans, span_blocks(decoder, fields[SPAN_BLOCKS]),
         (spans + panel - 1) // panel, panel, fields[GROUPS], fields[SCALES_AT],
         4 if fields[SCALE_KIND] == FLOAT32 else 2, zeros_at, zeros, np.float32(fields[RAISED_BY]), fields[X_AT],
-        fields[X_STRIDE], fields[PARTS], fields[X_SUMS_AT], fields[AHEAD], (rows * row_bytes - read) // row_bytes + 1,
+        fields[X_STRIDE], fields[PARTS], fields[X_SUMS_AT], fields[X_UNITS_AT] - (fields[X_AT] >> 6),
+        fields[AHEAD], (rows * row_bytes - read) // row_bytes + 1,
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def _last_block(weight: Any, row: Any, copy: Any) -> Any:
 @inlined
 def _add_last_block(decoder: Any, weight: Any, row: Any, copy: Any, x: Any, scales: Any, sums: Any) -> Any:
     """Sums + the products of a row's last block, read from a copy."""
-    products = add_products(no_sums(), codes_at(decoder, _last_block(weight, row, copy)), x)
+    products = add_products(no_sums(), codes_at(decoder, _last_block(weight, row, copy)), x, weight.units)
     return add_scaled(decoder, sums, products, scales)
 
 
@@ -198,8 +200,8 @@ def _row(decoder: Any, weight: Any, row: Any, copy: Any) -> Any:
                 products = no_sums(), no_sums()
                 for _ in range(blocks):
                     _fetch(decoder, weight, at)
-                    products = add_products_apart(products, codes_at(decoder, at), x)
-                    at, x = at + wide, x + 2 * BLOCK
+                    products = add_products_apart(products, codes_at(decoder, at), x, weight.units)
+                    at, x = at + wide, x + X_BYTES
                 sums, scales = add_scaled(decoder, sums, both(products), scales), following(decoder, scales)
             if short and panel == weight.panels - 1:
                 sums = _add_last_block(decoder, weight, row, copy, x, scales, sums)
@@ -243,11 +245,11 @@ def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> N
                     _fetch(decoder, weight, at1)
                     _fetch(decoder, weight, at2)
                     _fetch(decoder, weight, at3)
-                    p0 = add_products(p0, codes_at(decoder, at0), x)
-                    p1 = add_products(p1, codes_at(decoder, at1), x)
-                    p2 = add_products(p2, codes_at(decoder, at2), x)
-                    p3 = add_products(p3, codes_at(decoder, at3), x)
-                    at0, at1, at2, at3, x = at0 + wide, at1 + wide, at2 + wide, at3 + wide, x + 2 * BLOCK
+                    p0 = add_products(p0, codes_at(decoder, at0), x, weight.units)
+                    p1 = add_products(p1, codes_at(decoder, at1), x, weight.units)
+                    p2 = add_products(p2, codes_at(decoder, at2), x, weight.units)
+                    p3 = add_products(p3, codes_at(decoder, at3), x, weight.units)
+                    at0, at1, at2, at3, x = at0 + wide, at1 + wide, at2 + wide, at3 + wide, x + X_BYTES
                 y0, y1 = add_scaled(decoder, y0, p0, s0), add_scaled(decoder, y1, p1, s1)
                 y2, y3 = add_scaled(decoder, y2, p2, s2), add_scaled(decoder, y3, p3, s3)
                 s0, s1 = following(decoder, s0), following(decoder, s1)
@@ -295,13 +297,13 @@ def _two_rows(
                     _fetch(decoder, weight, at0)
                     _fetch(decoder, weight, at1)
                     row = codes_at(decoder, at0)
-                    p00, p01 = add_products(p00, row, x0), add_products(p01, row, x1)
-                    p02, p03 = add_products(p02, row, x2), add_products(p03, row, x3)
+                    p00, p01 = add_products(p00, row, x0, weight.units), add_products(p01, row, x1, weight.units)
+                    p02, p03 = add_products(p02, row, x2, weight.units), add_products(p03, row, x3, weight.units)
                     row = codes_at(decoder, at1)
-                    p10, p11 = add_products(p10, row, x0), add_products(p11, row, x1)
-                    p12, p13 = add_products(p12, row, x2), add_products(p13, row, x3)
+                    p10, p11 = add_products(p10, row, x0, weight.units), add_products(p11, row, x1, weight.units)
+                    p12, p13 = add_products(p12, row, x2, weight.units), add_products(p13, row, x3, weight.units)
                     at0, at1 = at0 + wide, at1 + wide
-                    x0, x1, x2, x3 = x0 + 2 * BLOCK, x1 + 2 * BLOCK, x2 + 2 * BLOCK, x3 + 2 * BLOCK
+                    x0, x1, x2, x3 = x0 + X_BYTES, x1 + X_BYTES, x2 + X_BYTES, x3 + X_BYTES
                 y00, y01 = add_scaled(decoder, y00, p00, s0), add_scaled(decoder, y01, p01, s0)
                 y02, y03 = add_scaled(decoder, y02, p02, s0), add_scaled(decoder, y03, p03, s0)
                 y10, y11 = add_scaled(decoder, y10, p10, s1), add_scaled(decoder, y11, p11, s1)

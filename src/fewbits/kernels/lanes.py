@@ -24,6 +24,9 @@ _features = llvm.get_host_cpu_features()
 HAS_BF16 = bool(_features.get("avx512bf16"))
 HAS_VNNI = bool(_features.get("avx512vnni"))
 HAS_BYTE_TABLES = bool(_features.get("avx512vbmi"))
+# Where bf16 products are a quarter as fast as those of bytes, or missing. Processors with matrix units have them slow:
+# Emerald Rapids makes one vector's in 2.2 cycles, those of bytes, and of fp32, in half a one.
+PREFERS_BYTES = HAS_VNNI and (bool(_features.get("amx-int8")) or not HAS_BF16)
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -185,25 +188,68 @@ def _add_products(builder: Any, sums: list[Any], codes: Any, x_at: Any) -> list[
     return sums
 
 
+def dot_bytes(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
+    """Sums + unsigned · signed bytes, exact: each of 16 sums takes four products."""
+    if HAS_VNNI:
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", IntSums.vector, [sums, unsigned, signed])
+    wide = ir.VectorType(I32, 64)
+    products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
+    for quarter in range(4):
+        part = builder.shuffle_vector(products, products, indices(range(quarter, 64, 4)))
+        sums = builder.add(sums, part)
+    return sums
+
+
+# Bytes of an activation as a whole number, and of 128 bf16 numbers or whole ones.
+PLANES, X_BYTES = 2, 256
+
+
+def _add_whole_products(builder: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
+    """Sums + two vectors of unsigned bytes · 128 whole numbers · their unit: exact up to the unit.
+
+    The numbers' lower bytes come first, then their upper ones; both are signed.
+    """
+    total = ir.Constant(IntSums.vector, None)
+    for plane in reversed(range(PLANES)):
+        # Eight products of bytes and the plane above them have 27 bits.
+        total = builder.shl(total, splat(IntSums.vector, 8)) if plane < PLANES - 1 else total
+        for half in range(2):
+            x = load(builder, builder.add(x_at, ir.Constant(I64, 64 * (2 * plane + half))), ByteLanes.vector)
+            total = dot_bytes(builder, total, builder.extract_value(codes, half), x)
+    # A unit of 4 bytes for every 256 of activations.
+    unit = load(builder, builder.add(units, builder.lshr(x_at, ir.Constant(I64, 6))), F32)
+    return multiply_add(builder, builder.sitofp(total, Sums.vector), spread(builder, unit), sums)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
-def add_products(typing_context: Any, sums: Any, codes: Any, x_at: Any) -> Any:
-    """Sums + four vectors of bf16 numbers · 128 bf16 numbers at an address."""
+def add_products(typing_context: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
+    """Sums + a block of 128 codes · 128 activations at an address: bf16, or whole numbers where codes are bytes.
+
+    Of whole numbers that lie at an address, the unit lies at `units` and a 64th of it.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _add_products(builder, [arguments[0]], *arguments[1:])[0]
+        if codes.dtype == ByteLanes:
+            return _add_whole_products(builder, *arguments)
+        sums, codes_of_block, x_at, _ = arguments
+        return _add_products(builder, [sums], codes_of_block, x_at)[0]
 
-    return Sums(Sums, codes, types.int64), generate
+    return Sums(Sums, codes, types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_products_apart(typing_context: Any, sums: Any, codes: Any, x_at: Any) -> Any:
+def add_products_apart(typing_context: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
     """Like `add_products`, into two sums that need not wait for each other."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         apart = [builder.extract_value(arguments[0], half) for half in range(2)]
-        return context.make_tuple(builder, signature.return_type, _add_products(builder, apart, *arguments[1:]))
+        if codes.dtype == ByteLanes:
+            apart[0] = _add_whole_products(builder, apart[0], *arguments[1:])
+        else:
+            apart = _add_products(builder, apart, *arguments[1:3])
+        return context.make_tuple(builder, signature.return_type, apart)
 
-    return types.UniTuple(Sums, 2)(types.UniTuple(Sums, 2), codes, types.int64), generate
+    return types.UniTuple(Sums, 2)(types.UniTuple(Sums, 2), codes, types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -290,16 +336,7 @@ def add_byte_products(typing_context: Any, sums: Any, unsigned: Any, signed: Any
     """Sums + unsigned · signed bytes, exact: each of 16 sums takes four products."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, unsigned, signed = arguments
-        if HAS_VNNI:
-            operands = [sums, unsigned, signed]
-            return call(builder, "llvm.x86.avx512.vpdpbusd.512", IntSums.vector, operands)
-        wide = ir.VectorType(I32, 64)
-        products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
-        for quarter in range(4):
-            part = builder.shuffle_vector(products, products, indices(range(quarter, 64, 4)))
-            sums = builder.add(sums, part)
-        return sums
+        return dot_bytes(builder, *arguments)
 
     return IntSums(IntSums, ByteLanes, ByteLanes), generate
 

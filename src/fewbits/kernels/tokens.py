@@ -11,14 +11,31 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.compiling import as_bits, as_float, inlined, inner, merged
-from fewbits.kernels.decoders import BLOCK, BY_EIGHTS, BY_FOURS, NATURAL
-from fewbits.kernels.lanes import I8, I16, I64, LANES, IntSums, Sums, call, indices, load, repeat, splat, spread
+from fewbits.kernels.compiling import as_bits, as_float, inlined, inner, merged, widen
+from fewbits.kernels.decoders import BLOCK, BY_EIGHTS, BY_FOURS, NATURAL, WHOLE_HALVES, WHOLE_SECONDS
+from fewbits.kernels.lanes import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    PLANES,
+    X_BYTES,
+    IntSums,
+    Sums,
+    call,
+    indices,
+    load,
+    repeat,
+    splat,
+    spread,
+)
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
 # The fields of a block; a row is a token.
-X_AT, X_KIND, COLUMNS, OUT_AT, SCALES_AT, TO_FP8, GROUPS, SUMS_AT, ORDER, PARTS = range(OWN, OWN + 10)
+X_AT, X_KIND, COLUMNS, OUT_AT, SCALES_AT, TO_FP8, GROUPS, SUMS_AT, ORDER, PARTS, UNITS_AT = range(OWN, OWN + 11)
 
 SMALLEST = np.finfo(np.float32).tiny
 NOT_FINITE = np.uint32(0x7F800000)
@@ -140,7 +157,7 @@ def _rounded(address: Any, start: Any, stop: Any) -> None:
 def _sum(values: Any) -> Any:
     total = np.float32(0.0)
     for k in range(values.size):
-        total += as_float(np.uint32(values[k]) << np.uint32(16))
+        total += widen(values[k])
     return total
 
 
@@ -184,14 +201,100 @@ def _reordered(source: Any, order: Any, target: Any, size: Any) -> None:
             _reorder(source + at, target + at, BY_EIGHTS)
 
 
+# The largest whole number that two signed bytes hold, and the least unit, whose reciprocal is finite.
+LARGEST_WHOLE, LEAST_UNIT = np.float32(127 * 257), np.float32(2.0**-115)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _whole_block(typing_context: Any, source: Any, target: Any, unit: Any, factor: Any, order: Any) -> Any:
+    """128 fp32 numbers at an address as whole ones to another (kernels.lanes), in an order of decoded codes.
+
+    They are x · factor, rounded; x − whole · unit is left in their place.
+    """
+    if not isinstance(order, types.Literal):
+        return None
+    halves = range(64), range(64, BLOCK)
+    if order.literal_value == WHOLE_SECONDS:
+        halves = range(0, BLOCK, 2), range(1, BLOCK, 2)
+    places = [place for half in halves for place in half]
+    floats, words, lane = (ir.VectorType(kind, BLOCK) for kind in (F32, I32, I8))
+
+    def spread_wide(builder: Any, value: Any) -> Any:
+        first = builder.insert_element(ir.Constant(floats, ir.Undefined), value, I32(0))
+        return builder.shuffle_vector(first, first, splat(words, 0))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, unit, factor, _ = arguments
+        x = load(builder, source, floats)
+        whole = call(builder, f"llvm.rint.v{BLOCK}f32", floats, [builder.fmul(x, spread_wide(builder, factor))])
+        minus = spread_wide(builder, builder.fneg(unit))
+        left = call(builder, f"llvm.fma.v{BLOCK}f32", floats, [whole, minus, x])
+        builder.store(left, builder.inttoptr(source, floats.as_pointer()), align=4)
+        rest = builder.fptosi(whole, words)
+        for plane in range(PLANES):
+            lowest = builder.trunc(rest, lane)
+            rest = builder.ashr(builder.sub(rest, builder.sext(lowest, words)), splat(words, 8))
+            at = builder.add(target, ir.Constant(I64, BLOCK * plane))
+            ordered = builder.shuffle_vector(lowest, lowest, indices(places))
+            builder.store(ordered, builder.inttoptr(at, lane.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.float32, types.float32, order), generate
+
+
+@inlined
+def _sum_groups(fields: Any, token: Any, values: Any, adds: Any) -> None:
+    """Sums of a token's activations over groups of inputs, to what is there or in its place."""
+    if fields[SUMS_AT] != 0:
+        groups = fields[GROUPS]
+        size, sums = (
+            fields[COLUMNS] // groups,
+            carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32),
+        )
+        for g in range(groups):
+            total = _sum(values[g * size : (g + 1) * size])
+            sums[g] = sums[g] + total if adds else total
+
+
+@inner
+def _arrange_whole(fields: Any, token: Any, row: Any) -> None:
+    """A token's activations, zeros behind them, as whole numbers, each block with its unit: NaN if not finite."""
+    _sum_groups(fields, token, row, False)
+    blocks, parts = row.size // BLOCK, fields[PARTS]
+    units = carray(pointer_to(fields[UNITS_AT] + 4 * token * parts * blocks), (parts, blocks), np.float32)
+    target = fields[OUT_AT] + token * parts * blocks * X_BYTES
+    for part in range(parts):
+        for block in range(blocks):
+            numbers = row[block * BLOCK : (block + 1) * BLOCK]
+            unit = max(_scale(numbers, LARGEST_WHOLE), LEAST_UNIT)
+            if unit != unit:
+                numbers[:] = np.float32(0.0)
+            units[part, block] = unit
+            factor = np.float32(1.0) / unit if unit == unit else np.float32(0.0)
+            source = row.ctypes.data + 4 * BLOCK * block
+            if fields[ORDER] == WHOLE_HALVES:
+                _whole_block(source, target, unit, factor, WHOLE_HALVES)
+            else:
+                _whole_block(source, target, unit, factor, WHOLE_SECONDS)
+            target += X_BYTES
+    # Sums of the whole numbers, not of what was rounded to them: an error then counts as often as what codes stand for.
+    for k in range(row.size):
+        row[k] = -row[k]
+    _sum_groups(fields, token, row, True)
+
+
 def _arranged(address: Any, start: Any, stop: Any) -> None:
-    """Activations as one or two bf16 numbers each, in blocks of 128, and their sums over groups of inputs."""
+    """Activations as one or two bf16 numbers each, in blocks of 128, or whole; and their sums over groups of inputs."""
     fields = carray(pointer_to(address), (WORDS,), np.int64)
-    columns, groups, parts = fields[COLUMNS], fields[GROUPS], fields[PARTS]
-    padded, size = (columns + BLOCK - 1) // BLOCK * BLOCK, columns // groups
-    row, values = np.empty(columns, np.float32), np.zeros(padded, np.uint16)
+    columns, parts = fields[COLUMNS], fields[PARTS]
+    padded = (columns + BLOCK - 1) // BLOCK * BLOCK
+    whole, values = np.zeros(padded, np.float32), np.zeros(padded, np.uint16)
+    row = whole[:columns]
     for token in range(start, stop):
         _widen_row(fields, token, row)
+        if fields[ORDER] >= WHOLE_HALVES:
+            _arrange_whole(fields, token, whole)
+            continue
         if fields[SCALES_AT] != 0:
             scale = _scale(row, np.float32(448.0))
             carray(pointer_to(fields[SCALES_AT]), (fields[ROWS],), np.float32)[token] = scale
@@ -203,11 +306,7 @@ def _arranged(address: Any, start: Any, stop: Any) -> None:
                 row[:] = np.float32(0.0)
         for part in range(parts):
             _split(row, values[:columns])
-            if fields[SUMS_AT] != 0:
-                sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
-                for g in range(groups):
-                    total = _sum(values[g * size : (g + 1) * size])
-                    sums[g] = total if part == 0 else sums[g] + total
+            _sum_groups(fields, token, values, part > 0)
             at = fields[OUT_AT] + 2 * (token * parts + part) * padded
             _reordered(values.ctypes.data, fields[ORDER], at, padded)
 
