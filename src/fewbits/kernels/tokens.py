@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from fewbits.kernels.compiling import as_bits, as_float, inlined, inner, merged, widen
+from fewbits.kernels.compiling import as_bits, as_float, inlined, inner, merged
 from fewbits.kernels.decoders import BLOCK, BY_EIGHTS, BY_FOURS, NATURAL, WHOLE_HALVES, WHOLE_SECONDS
 from fewbits.kernels.lanes import (
     F32,
@@ -157,7 +157,7 @@ def _rounded(address: Any, start: Any, stop: Any) -> None:
 def _sum(values: Any) -> Any:
     total = np.float32(0.0)
     for k in range(values.size):
-        total += widen(values[k])
+        total += as_float(np.uint32(values[k]) << np.uint32(16))
     return total
 
 
@@ -206,10 +206,12 @@ LARGEST_WHOLE, LEAST_UNIT = np.float32(127 * 257), np.float32(2.0**-115)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _whole_block(typing_context: Any, source: Any, target: Any, unit: Any, factor: Any, order: Any) -> Any:
+def _whole_block(
+    typing_context: Any, source: Any, taken: Any, target: Any, unit: Any, factor: Any, order: Any
+) -> Any:  # fmt: skip
     """128 fp32 numbers at an address as whole ones to another (kernels.lanes), in an order of decoded codes.
 
-    They are x · factor, rounded; x − whole · unit is left in their place.
+    They are x · factor, rounded; whole · unit goes to `taken`, and what it leaves of x is put in their place.
     """
     if not isinstance(order, types.Literal):
         return None
@@ -224,12 +226,13 @@ def _whole_block(typing_context: Any, source: Any, target: Any, unit: Any, facto
         return builder.shuffle_vector(first, first, splat(words, 0))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, target, unit, factor, _ = arguments
+        source, taken, target, unit, factor, _ = arguments
         x = load(builder, source, floats)
         whole = call(builder, f"llvm.rint.v{BLOCK}f32", floats, [builder.fmul(x, spread_wide(builder, factor))])
         minus = spread_wide(builder, builder.fneg(unit))
         left = call(builder, f"llvm.fma.v{BLOCK}f32", floats, [whole, minus, x])
-        builder.store(left, builder.inttoptr(source, floats.as_pointer()), align=4)
+        for numbers, at in ((left, source), (builder.fmul(whole, spread_wide(builder, unit)), taken)):
+            builder.store(numbers, builder.inttoptr(at, floats.as_pointer()), align=4)
         rest = builder.fptosi(whole, words)
         for plane in range(PLANES):
             lowest = builder.trunc(rest, lane)
@@ -239,76 +242,114 @@ def _whole_block(typing_context: Any, source: Any, target: Any, unit: Any, facto
             builder.store(ordered, builder.inttoptr(at, lane.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64, types.float32, types.float32, order), generate
+    return types.none(*[types.int64] * 3, types.float32, types.float32, order), generate
 
 
-@inlined
-def _sum_groups(fields: Any, token: Any, values: Any, adds: Any) -> None:
-    """Sums of a token's activations over groups of inputs, to what is there or in its place."""
-    if fields[SUMS_AT] != 0:
-        groups = fields[GROUPS]
-        size, sums = (
-            fields[COLUMNS] // groups,
-            carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32),
-        )
-        for g in range(groups):
-            total = _sum(values[g * size : (g + 1) * size])
-            sums[g] = sums[g] + total if adds else total
+@intrinsic  # type: ignore[untyped-decorator]
+def _largest_bits(typing_context: Any, source: Any) -> Any:
+    """The bits of the largest magnitude of 128 fp32 numbers at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words = ir.VectorType(I32, BLOCK)
+        magnitudes = builder.and_(load(builder, arguments[0], words), splat(words, 0x7FFFFFFF))
+        return call(builder, f"llvm.vector.reduce.umax.v{BLOCK}i32", I32, [magnitudes])
+
+    return types.uint32(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _sum_of_eights(typing_context: Any, source: Any, eights: Any) -> Any:
+    """The sum of eights of fp32 numbers at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, eights = arguments
+        eight = ir.VectorType(F32, 8)
+
+        def body(turn: Any, carried: list[Any]) -> list[Any]:
+            at = builder.add(source, builder.mul(turn, ir.Constant(I64, 32)))
+            return [builder.fadd(carried[0], load(builder, at, eight))]
+
+        (sums,) = repeat(builder, eights, [ir.Constant(eight, None)], body)
+        return call(builder, "llvm.vector.reduce.fadd.v8f32", F32, [F32(-0.0), sums], ("reassoc",))
+
+    return types.float32(types.int64, types.int64), generate
 
 
 @inner
-def _arrange_whole(fields: Any, token: Any, row: Any) -> None:
-    """A token's activations, zeros behind them, as whole numbers, each block with its unit: NaN if not finite."""
-    _sum_groups(fields, token, row, False)
-    blocks, parts = row.size // BLOCK, fields[PARTS]
+def _arrange_whole(fields: Any, token: Any, row: Any, taken: Any) -> None:
+    """A token's activations, zeros behind them, as whole numbers, each block with its unit: NaN if not finite.
+
+    The sums are those of the whole numbers: what these have lost then counts as often as what codes stand for.
+    """
+    blocks, parts, groups = row.size // BLOCK, fields[PARTS], fields[GROUPS]
     units = carray(pointer_to(fields[UNITS_AT] + 4 * token * parts * blocks), (parts, blocks), np.float32)
-    target = fields[OUT_AT] + token * parts * blocks * X_BYTES
+    target, source, other = fields[OUT_AT] + token * parts * blocks * X_BYTES, row.ctypes.data, taken.ctypes.data
+    size = row.size if groups == 1 else fields[COLUMNS] // groups
     for part in range(parts):
         for block in range(blocks):
-            numbers = row[block * BLOCK : (block + 1) * BLOCK]
-            unit = max(_scale(numbers, LARGEST_WHOLE), LEAST_UNIT)
-            if unit != unit:
-                numbers[:] = np.float32(0.0)
-            units[part, block] = unit
-            factor = np.float32(1.0) / unit if unit == unit else np.float32(0.0)
-            source = row.ctypes.data + 4 * BLOCK * block
-            if fields[ORDER] == WHOLE_HALVES:
-                _whole_block(source, target, unit, factor, WHOLE_HALVES)
+            at = 4 * BLOCK * block
+            largest = _largest_bits(source + at)
+            unit, factor = np.float32(np.nan), np.float32(0.0)
+            if largest < NOT_FINITE:
+                unit = max(as_float(largest) / LARGEST_WHOLE, LEAST_UNIT)
+                factor = np.float32(1.0) / unit
             else:
-                _whole_block(source, target, unit, factor, WHOLE_SECONDS)
+                row[block * BLOCK : (block + 1) * BLOCK] = np.float32(0.0)
+            units[part, block] = unit
+            if fields[ORDER] == WHOLE_HALVES:
+                _whole_block(source + at, other + at, target, unit, factor, WHOLE_HALVES)
+            else:
+                _whole_block(source + at, other + at, target, unit, factor, WHOLE_SECONDS)
             target += X_BYTES
-    # Sums of the whole numbers, not of what was rounded to them: an error then counts as often as what codes stand for.
-    for k in range(row.size):
-        row[k] = -row[k]
-    _sum_groups(fields, token, row, True)
+        if fields[SUMS_AT] != 0:
+            sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
+            for g in range(groups):
+                total = _sum_of_eights(other + 4 * g * size, size // 8)
+                sums[g] = total if part == 0 else sums[g] + total
+
+
+@inner
+def _arrange_bf16(fields: Any, token: Any, row: Any, values: Any) -> None:
+    """A token's activations as one or two bf16 numbers each, in blocks of 128; zeros are behind `values`."""
+    groups, parts, columns = fields[GROUPS], fields[PARTS], row.size
+    size = columns // groups
+    if fields[SCALES_AT] != 0:
+        scale = _scale(row, np.float32(448.0))
+        carray(pointer_to(fields[SCALES_AT]), (fields[ROWS],), np.float32)[token] = scale
+        if scale == scale:
+            _fp8_values(row, scale, values[:columns])
+            for k in range(columns):
+                row[k] = as_float(np.uint32(values[k]) << np.uint32(16))
+        else:
+            row[:] = np.float32(0.0)
+    for part in range(parts):
+        _split(row, values[:columns])
+        if fields[SUMS_AT] != 0:
+            sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
+            for g in range(groups):
+                total = _sum(values[g * size : (g + 1) * size])
+                sums[g] = total if part == 0 else sums[g] + total
+        at = fields[OUT_AT] + 2 * (token * parts + part) * values.size
+        _reordered(values.ctypes.data, fields[ORDER], at, values.size)
 
 
 def _arranged(address: Any, start: Any, stop: Any) -> None:
-    """Activations as one or two bf16 numbers each, in blocks of 128, or whole; and their sums over groups of inputs."""
+    """Activations in blocks of 128, as bf16 or whole numbers, one or two each, and their sums over groups of inputs."""
     fields = carray(pointer_to(address), (WORDS,), np.int64)
-    columns, parts = fields[COLUMNS], fields[PARTS]
+    columns = fields[COLUMNS]
     padded = (columns + BLOCK - 1) // BLOCK * BLOCK
-    whole, values = np.zeros(padded, np.float32), np.zeros(padded, np.uint16)
-    row = whole[:columns]
-    for token in range(start, stop):
-        _widen_row(fields, token, row)
-        if fields[ORDER] >= WHOLE_HALVES:
-            _arrange_whole(fields, token, whole)
-            continue
-        if fields[SCALES_AT] != 0:
-            scale = _scale(row, np.float32(448.0))
-            carray(pointer_to(fields[SCALES_AT]), (fields[ROWS],), np.float32)[token] = scale
-            if scale == scale:
-                _fp8_values(row, scale, values[:columns])
-                for k in range(columns):
-                    row[k] = as_float(np.uint32(values[k]) << np.uint32(16))
-            else:
-                row[:] = np.float32(0.0)
-        for part in range(parts):
-            _split(row, values[:columns])
-            _sum_groups(fields, token, values, part > 0)
-            at = fields[OUT_AT] + 2 * (token * parts + part) * padded
-            _reordered(values.ctypes.data, fields[ORDER], at, padded)
+    row = np.zeros(padded, np.float32)
+    if fields[ORDER] >= WHOLE_HALVES:
+        taken = np.empty(padded, np.float32)
+        for token in range(start, stop):
+            _widen_row(fields, token, row[:columns])
+            # What the token before has left behind its activations is zeros.
+            _arrange_whole(fields, token, row, taken)
+    else:
+        values = np.zeros(padded, np.uint16)
+        for token in range(start, stop):
+            _widen_row(fields, token, row[:columns])
+            _arrange_bf16(fields, token, row[:columns], values)
 
 
 _WORK = {"rounded": _rounded, "arranged": _arranged}
