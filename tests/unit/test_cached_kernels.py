@@ -25,7 +25,9 @@ for width in (33, 34, 35, 36, 64):
 DIGESTS = """
 import hashlib
 import numpy as np, torch
-from fewbits.kernels import norm_rows, one_token
+from fewbits.kernels import norm_rows, one_token, tokens
+from fewbits.kernels.decoders import BY_FOURS, WHOLE_HALVES, WHOLE_SECONDS
+from fewbits.kernels.memory import FLOAT32
 from fewbits.kernels.rounding import round_rows
 from fewbits.kernels.team import Program, Work
 from fewbits.schemes import Scheme
@@ -52,6 +54,16 @@ for width in (37, 576, 1000):
             one_token.UPDATE_WEIGHT_AT: weight.ctypes.data, one_token.UPDATE_EPS: one_token.bits_of(1e-5),
         })]).run(1)
     show(residuals, normed)
+x = torch.randn(3, 576, generator=generator).numpy()
+for order in (BY_FOURS, WHOLE_HALVES, WHOLE_SECONDS):
+    values, sums = np.zeros((3, 2, 5 * 256), np.uint8), np.empty((3, 9), np.float32)
+    units = np.zeros((3, 10), np.float32)
+    Program([Work(tokens.token_work("arranged"), {}).step(3, {
+        tokens.X_AT: x.ctypes.data, tokens.X_KIND: FLOAT32, tokens.COLUMNS: 576, tokens.OUT_AT: values.ctypes.data,
+        tokens.GROUPS: 9, tokens.SUMS_AT: sums.ctypes.data, tokens.ORDER: order, tokens.PARTS: 2,
+        tokens.UNITS_AT: units.ctypes.data,
+    })]).run(1)
+    show(values, sums, units)
 print(round_rows(torch.randn(64, 256, generator=generator), Scheme("int", 4, False, 32), MINMAX).squared_error)
 """
 
@@ -76,5 +88,5 @@ def test_factors_are_as_exact(tmp_path: Path) -> None:
 
 def test_sums_that_may_be_reordered_are_the_same_to_the_bit(tmp_path: Path) -> None:
     compiled, cached = outputs_of_two_runs(DIGESTS, tmp_path)
-    assert len(compiled) == 7
+    assert len(compiled) == 10
     assert compiled == cached

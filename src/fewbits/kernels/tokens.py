@@ -275,7 +275,7 @@ def _sum_of_eights(typing_context: Any, source: Any, eights: Any) -> Any:
     return types.float32(types.int64, types.int64), generate
 
 
-@inner
+@merged
 def _arrange_whole(fields: Any, token: Any, row: Any, taken: Any) -> None:
     """A token's activations, zeros behind them, as whole numbers, each block with its unit: NaN if not finite.
 
@@ -308,7 +308,7 @@ def _arrange_whole(fields: Any, token: Any, row: Any, taken: Any) -> None:
                 sums[g] = total if part == 0 else sums[g] + total
 
 
-@inner
+@merged
 def _arrange_bf16(fields: Any, token: Any, row: Any, values: Any) -> None:
     """A token's activations as one or two bf16 numbers each, in blocks of 128; zeros are behind `values`."""
     groups, parts, columns = fields[GROUPS], fields[PARTS], row.size
