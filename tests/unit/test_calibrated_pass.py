@@ -14,7 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from fewbits.calibrate import BlockDone, run_blocks
+from fewbits import calibrate
+from fewbits.calibrate import BlockDone, micro_batch_size, run_blocks
 from fewbits.checkpoints.reader import TensorReader, open_checkpoint
 from fewbits.coupled_runs import coupled_runs
 from fewbits.drawn import LABELS, uniforms
@@ -412,3 +413,18 @@ def test_blocks_that_run_in_rounds_for_want_of_memory_see_what_suspended_ones_se
     for block, outputs in roomy.outputs.items():
         assert all(map(torch.equal, seen.outputs[block], outputs))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("matrix_units", "width", "length", "samples"),
+    [
+        (False, 1536, 512, 4), (False, 1536, 3000, 1),
+        (True, 1536, 512, 8), (True, 2816, 512, 5), (True, 14336, 512, 4), (True, 1536, 5000, 1),
+    ],
+)  # fmt: skip
+def test_micro_batches_hold_more_of_narrow_layers_where_products_are_fast(
+    matrix_units: bool, width: int, length: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "HAS_MATRIX_UNITS", matrix_units)
+    layers = [LinearLayer("a", "a.weight", 64, width, "BF16"), LinearLayer("b", "b.weight", width, 64, "BF16")]
+    assert micro_batch_size(length, layers) == samples
