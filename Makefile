@@ -42,8 +42,9 @@ golden: setup ## Make the golden bytes anew with the reference libraries
 docs: setup ## Check that every command and example in the documentation runs
 	$(BIN)/python -m pytest tests/cli/test_documentation.py
 
-test-engines: setup ## Slower checks against real engines
-	$(BIN)/python -m pytest -m engine tests/engines
+test-engines: setup ## Slower checks against real engines, and of kernels that only compile with Triton
+	-$(BIN)/python -m pip install -q --no-deps --target $(VENV)/triton triton
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -m engine tests/engines
 
 clean: ## Remove what setup and tests made
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache

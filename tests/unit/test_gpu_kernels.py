@@ -1,11 +1,6 @@
-"""Kernels for GPUs, as far as they run without one: on PyTorch's CPU calls, and in Triton's interpreter."""
+"""Kernels for GPUs, as far as they run without one: on PyTorch's CPU calls. Triton's are in tests/engines."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,28 +16,6 @@ from linear_cases import activations, int8_product, make
 W8A8, FP8 = Scheme("int", 8, True, 0, "dynamic"), Scheme("float", 8, True, 0, "dynamic")
 INT4 = Scheme("int", 4, False, 128)
 HOPPER = Machine(frozenset({"triton"}), (9, 0))
-
-INTERPRETED = """
-import numpy as np, torch
-from linear_cases import activations, make
-from fewbits.kernels.triton_int4_run import TritonInt4Run
-from fewbits.schemes import Scheme
-for symmetric, group, rows, columns, tokens in [
-    (False, 32, 70, 96, 3), (True, 64, 64, 128, 17), (False, 0, 5, 40, 1), (True, 0, 130, 200, 70),
-]:
-    case = make(Scheme("int", 4, symmetric, group), rows, columns)
-    x = activations(tokens, columns, torch.float32)
-    for bias in (None, case.bias):
-        expected = x.double().numpy() @ case.decoded.T + (0 if bias is None else bias.numpy())
-        assert np.abs(TritonInt4Run(case.weight, bias)(x).numpy() - expected).max() < 1e-3
-    assert TritonInt4Run(case.weight, None)(x[:0]).shape == (0, rows)
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_triton_kernel_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

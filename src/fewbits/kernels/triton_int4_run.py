@@ -5,8 +5,6 @@ Codes are the words that files hold: code k of a row is field k mod 8 of word k 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,20 +16,20 @@ OUTPUTS, INPUTS = 64, 64
 FEW, MANY = 16, 64
 
 
+# Triton reads what arguments are annotated with as part of the kernel, and knows no types but its own.
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile(
-    x_at: Any, codes_at: Any, scales_at: Any, zeros_at: Any, bias_at: Any, y_at: Any,
-    tokens: Any, outputs: Any, inputs: Any, words: Any, groups: Any, group_size: Any,
+def _tile(  # type: ignore[no-untyped-def]
+    x_at, codes_at, scales_at, zeros_at, bias_at, y_at, tokens, outputs, inputs, words, groups, group_size,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     m = tl.program_id(0) * M + tl.arange(0, M)
     n = tl.program_id(1) * N + tl.arange(0, N)
-    row = n[:, None].to(tl.int64)
+    row, token = n[:, None].to(tl.int64), m[:, None].to(tl.int64)
     sums = tl.zeros((M, N), tl.float32)
     for start in range(0, inputs, K):
         k = start + tl.arange(0, K)
         inside = (n[:, None] < outputs) & (k[None, :] < inputs)
-        x = tl.load(x_at + m[:, None] * inputs + k[None, :], (m[:, None] < tokens) & (k[None, :] < inputs), 0.0)
+        x = tl.load(x_at + token * inputs + k[None, :], (m[:, None] < tokens) & (k[None, :] < inputs), 0.0)
         word = tl.load(codes_at + row * words + k[None, :] // 8, inside, 0)
         code = (word >> (k[None, :] % 8 * 4)) & 15
         at = row * groups + k[None, :] // group_size
@@ -41,7 +39,7 @@ def _tile(
         sums += tl.dot(x, tl.trans(weight), input_precision="ieee")
     if HAS_BIAS:
         sums += tl.load(bias_at + n, n < outputs, 0.0).to(tl.float32)[None, :]
-    at = m[:, None].to(tl.int64) * outputs + n[None, :]
+    at = token * outputs + n[None, :]
     tl.store(y_at + at, sums.to(y_at.dtype.element_ty), (m[:, None] < tokens) & (n[None, :] < outputs))
 
 
