@@ -85,14 +85,14 @@ def order_of(kind: str, lanes: int) -> int:
     return NATURAL if kind in (FP8, BF16) else BY_FOURS
 
 
-def fits_whole8(lanes: int) -> bool:
-    """Whether the sums of bytes of 8 bits, which are spread over the block, share one scale."""
+def one_scale_a_block(lanes: int) -> bool:
+    """Whether all sums of a block share a scale, so that they may be of whichever of its codes."""
     return lanes in (0, LANES)
 
 
 def _by_table(kind: str, lanes: int) -> bool:
-    """Whether bytes are looked up; their sums are spread over the block, so that it must share one scale."""
-    return HAS_BYTE_TABLES and kind in (FP8, INT8) and lanes in (0, LANES)
+    """Whether bytes are looked up: their sums are spread over the block."""
+    return HAS_BYTE_TABLES and kind in (FP8, INT8) and one_scale_a_block(lanes)
 
 
 def block_bytes(kind: str) -> int:

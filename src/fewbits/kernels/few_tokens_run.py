@@ -16,7 +16,7 @@ from fewbits.kernels.decoders import (
     WHOLE4,
     WHOLE8,
     block_bytes,
-    fits_whole8,
+    one_scale_a_block,
     order_of,
 )
 from fewbits.kernels.fetching import AHEAD_BYTES_OF_LONG, bytes_ahead
@@ -117,7 +117,7 @@ def few_tokens(weight: LinearWeight, bias: torch.Tensor | None, by_bytes: bool =
     kind = FP8 if scheme.kind == "float" else INT8 if scheme.bits == 8 else str(scheme.bits)
     if by_bytes and kind == "4":
         kind = WHOLE4
-    elif by_bytes and kind == INT8 and fits_whole8(_lanes(weight.scales.shape[1], weight.shape[1])):
+    elif by_bytes and kind == INT8 and one_scale_a_block(_lanes(weight.scales.shape[1], weight.shape[1])):
         kind = WHOLE8
     # Codes below 8 bits are raised to be bf16 numbers, those of 8 to be unsigned bytes.
     raised = 0 if kind in (WHOLE4, INT8, FP8) else RAISED
