@@ -116,6 +116,14 @@ def test_other_methods_and_ways(
     assert_like(there, here)
 
 
+def test_weights_of_another_dtype_than_the_forwards(device: str, tmp_path: Path) -> None:
+    """They are read again where they are solved, and are not on the device then."""
+    source = write_model(tmp_path / "model", "llama", torch.float32)
+    (tmp_path / "text").write_text(WORDS)
+    report = quantized(source, tmp_path / "out", GPTQ(4, 32), device, calibration=tmp_path / "text", samples=4)
+    assert max(errors(report)) < 0.05
+
+
 class StopsAt(Silent):
     """Interrupts calibration once so many linears are done."""
 
