@@ -7,13 +7,13 @@ from functools import cache
 
 import torch
 
-from fewbits import repeatable  # noqa: F401  (before the first product)
 from fewbits.errors import KernelError
+from fewbits.repeatable import one_thread  # also before the first product
 
 ROWS, WIDTH = 256, 1024
-RUNS = 3
-# bf16 also halves the memory of weights and states, and the measure must not tip over on a busy machine: the same
-# command has to give the same bytes.
+RUNS = 8
+# bf16 also halves the memory of weights and states, and the same command has to give the same bytes: a processor has
+# to be well on one side.
 TIMES_SLOWER = 2.0
 
 
@@ -37,17 +37,27 @@ def require_device(device: str) -> None:
 
 @cache
 def forward_dtype(device: str = "cpu") -> torch.dtype:
-    """bf16, unless products of it take more than twice as long as in fp32 on this device; measured once a process."""
+    """bf16, unless products of it take more than twice as long as in fp32 on this device; measured once a process.
+
+    One thread's own processor time is what counts, and the two dtypes take turns: other programs at work, which stop
+    a thread or hold up a team of them, must not decide which bytes come out.
+    """
     if torch.device(device).type != "cpu":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _seconds(torch.bfloat16) < TIMES_SLOWER * _seconds(torch.float32) else torch.float32
+    return torch.bfloat16 if _times_slower() < TIMES_SLOWER else torch.float32
 
 
-def _seconds(dtype: torch.dtype) -> float:
-    rows, weight = torch.ones(ROWS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
-    best = float("inf")
-    for _ in range(RUNS + 1):  # the first one also sets up the library's own kernels
-        began = time.perf_counter()
-        torch.nn.functional.linear(rows, weight)
-        best = min(best, time.perf_counter() - began)
-    return best
+def _times_slower() -> float:
+    """How many times as long as in fp32 a product takes in bf16: the best of several of each."""
+    operands = {
+        dtype: (torch.ones(ROWS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    best = dict.fromkeys(operands, float("inf"))
+    with one_thread():
+        for _ in range(RUNS + 1):  # the first one also sets up the library's own kernels
+            for dtype, (rows, weight) in operands.items():
+                began = time.thread_time()
+                torch.nn.functional.linear(rows, weight)
+                best[dtype] = min(best[dtype], time.thread_time() - began)
+    return best[torch.bfloat16] / best[torch.float32]
