@@ -69,11 +69,17 @@ def test_weight_only_and_fp8_products(scheme: Scheme, rows: int) -> None:
 
 @pytest.mark.parametrize("by_bytes", [True, False], ids=["bytes", "bf16"])
 @pytest.mark.parametrize(
-    "scheme", [Scheme("int", 4, False), Scheme("int", 4, True, 32), Scheme("int", 8, True)], ids=str
-)
-def test_few_tokens_whichever_products_the_processor_prefers(scheme: Scheme, by_bytes: bool) -> None:
-    """As bytes, activations are whole numbers that 127 · 257 of make the largest of a block of 128, or two of these."""
-    columns = 384 if scheme.group_size else 300
+    "scheme, columns",
+    [
+        (Scheme("int", 4, False), 300), (Scheme("int", 4, True, 32), 384), (Scheme("int", 4, False, 64), 576),
+        (Scheme("int", 4, False, 16), 272), (Scheme("int", 4, False, 256), 2304), (Scheme("int", 8, True), 300),
+        (Scheme("int", 8, False, 128), 384),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_few_tokens_whichever_products_the_processor_prefers(scheme: Scheme, columns: int, by_bytes: bool) -> None:
+    """As bytes, activations are whole numbers that 127 · 257 of make the largest of a block of 128, or of a group of
+    more; or two of these."""
     case = make(scheme, 11, columns)
     scales = np.repeat(np.abs(case.weight.scales.double().numpy()), columns // case.weight.scales.shape[1], 1)
     for tokens in (1, 3, 4):
@@ -87,8 +93,9 @@ def test_few_tokens_whichever_products_the_processor_prefers(scheme: Scheme, by_
                 + 2.0**-20 * np.abs(wide) @ (np.abs(case.decoded) + 300 * scales).T
             )
             if by_bytes and dtype == torch.bfloat16:
-                padded = np.pad(np.abs(wide), ((0, 0), (0, -columns % 128))).reshape(tokens, -1, 128)
-                units = np.repeat(padded.max(-1) / (127 * 257), 128, 1)[:, :columns]
+                span = max(128, scheme.group_size or 0)
+                padded = np.pad(np.abs(wide), ((0, 0), (0, -columns % span))).reshape(tokens, -1, span)
+                units = np.repeat(padded.max(-1) / (127 * 257), span, 1)[:, :columns]
                 bound += units / 2 @ np.abs(case.decoded).T
             y = few_tokens(case.weight, case.bias, by_bytes)(x).double().numpy()
             assert (np.abs(y - expected) <= bound).all(), (tokens, dtype)

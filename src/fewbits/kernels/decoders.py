@@ -249,32 +249,67 @@ def fetch_block(typing_context: Any, decoder: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def scales_of(typing_context: Any, decoder: Any, scales_at: Any, count: Any) -> Any:
-    """The scales of up to 16 groups as fp32, zeros behind them; nothing if the row has but one scale."""
+def scales_of(typing_context: Any, decoder: Any, scales_at: Any, units_at: Any, count: Any) -> Any:
+    """The scales of up to 16 groups as fp32, zeros behind them; nothing if the row has but one scale.
+
+    Where codes are multiplied with whole numbers, scales are, with the units of these.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         decoder = signature.args[0]
+        _, scales_at, units_at, count = arguments
         if not decoder.lanes:
             return ir.Constant(Sums.vector, None)
         kind = ir.VectorType(SCALES[decoder.scales], LANES)
-        return _as_float(builder, decoder, load_first(builder, arguments[1], kind, arguments[2]))
+        scales = _as_float(builder, decoder, load_first(builder, scales_at, kind, count))
+        if decoder.kind in (WHOLE4, WHOLE8):
+            return builder.fmul(scales, load_first(builder, units_at, Sums.vector, count))
+        return scales
 
-    return Sums(decoder, types.int64, types.int64), generate
+    return Sums(decoder, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_scaled(typing_context: Any, decoder: Any, sums: Any, products: Any, scales: Any) -> Any:
-    """Sums + products of one or more blocks · the first of the scales, which are left out if the row has but one."""
+def keep_scales(typing_context: Any, decoder: Any, scales: Any, address: Any) -> Any:
+    """Scales to an address, 64 bytes of them, unless the row has but one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0].lanes:
+            pointer = builder.inttoptr(arguments[2], Sums.vector.as_pointer())
+            builder.store(arguments[1], pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.none(decoder, Sums, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_scaled(typing_context: Any, decoder: Any, sums: Any, products: Any, scales_at: Any) -> Any:
+    """Sums + products of one or more blocks · their scales at an address, which are left out if the row has but one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         lanes = signature.args[0].lanes
-        _, sums, products, scales = arguments
+        _, sums, products, scales_at = arguments
         if not lanes:
             return builder.fadd(sums, products)
-        shared = builder.shuffle_vector(scales, scales, indices(lane // lanes for lane in range(LANES)))
+        if lanes == LANES:
+            shared = spread(builder, load(builder, scales_at, F32))
+        else:
+            scales = load(builder, scales_at, ir.VectorType(F32, LANES // lanes))
+            shared = builder.shuffle_vector(scales, scales, indices(lane // lanes for lane in range(LANES)))
         return multiply_add(builder, products, shared, sums)
 
-    return Sums(decoder, Sums, Sums, Sums), generate
+    return Sums(decoder, Sums, Sums, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def following(typing_context: Any, decoder: Any, scales_at: Any) -> Any:
+    """Where the scales of the next blocks are."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = signature.args[0].lanes
+        return builder.add(arguments[1], ir.Constant(I64, 4 * LANES // lanes if lanes else 0))
+
+    return types.int64(decoder, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -288,32 +323,20 @@ def span_blocks(typing_context: Any, decoder: Any, blocks: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def following(typing_context: Any, decoder: Any, scales: Any) -> Any:
-    """The scales of the next blocks come first."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        lanes = signature.args[0].lanes
-        step = LANES // lanes if lanes else 0
-        return builder.shuffle_vector(arguments[1], arguments[1], indices((k + step) % LANES for k in range(LANES)))
-
-    return Sums(decoder, Sums), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def less_offsets(
-    context: Any, decoder: Any, sums: Any, raised: Any, scales: Any, zeros_at: Any, zeros: Any, x_sums_at: Any,
+    context: Any, decoder: Any, sums: Any, scales: Any, zeros_at: Any, zeros: Any, x_sums_at: Any, raised_at: Any,
     count: Any,
 ) -> Any:  # fmt: skip
-    """Sums − s · (raised + z) · Σx for up to 16 groups; z of `zeros` of them, 0 of others; no s if a row has one."""
+    """Sums − s · (z · Σx + raised) for up to 16 groups; z of `zeros` of them, 0 of others; no s if a row has one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         decoder, wide = signature.args[0], Sums.vector
-        _, sums, raised, scales, zeros_at, zeros, x_sums_at, count = arguments
+        _, sums, scales, zeros_at, zeros, x_sums_at, raised_at, count = arguments
         stored = load_first(builder, zeros_at, ir.VectorType(I8, LANES), zeros)
-        lifted = builder.fadd(spread(builder, raised), builder.uitofp(stored, wide))
-        offsets = builder.fmul(lifted, load_first(builder, x_sums_at, wide, count))
+        x_sums, raised = (load_first(builder, at, wide, count) for at in (x_sums_at, raised_at))
+        offsets = multiply_add(builder, builder.uitofp(stored, wide), x_sums, raised)
         if not decoder.lanes:
             return builder.fsub(sums, offsets)
         return multiply_add(builder, builder.fneg(offsets), scales, sums)
 
-    return Sums(decoder, Sums, types.float32, Sums, *[types.int64] * 4), generate
+    return Sums(decoder, Sums, Sums, *[types.int64] * 5), generate

@@ -1,8 +1,9 @@
 """Compiled products of decoded rows with a few tokens: memory is read once, decoding happens in registers.
 
-y[t, n] = Σ_g s[n, g] (Σ_k a[n, k] x[t, k] − (raised + z[n, g]) Σ_k x[t, k]), where a = raised + code as decoded
-(kernels.decoders) and k runs over group g. Sums of x per group are given. Four short rows go at a time, or two with
-four tokens, so that enough independent sums keep the multipliers busy and what is loaded is used more than once.
+y[t, n] = Σ_g s[n, g] (Σ_k a[n, k] x[t, k] − z[n, g] Σ_k x[t, k] − raised Σ_k x[t, k]), where a = raised + code as
+decoded (kernels.decoders) and k runs over group g. Both sums of x per group are given. Four short rows go at a time, or
+two with four tokens, so that enough independent sums keep the multipliers busy and what is loaded is used more than
+once. Scales are kept on the stack, where a block's are spread over lanes as they are loaded.
 
 A row is a number of spans that share their scales: a block of 128 codes with one or more groups, or the blocks of one
 group. The last block of a row may reach into the next row: activations there are zero. Where it would reach beyond the
@@ -24,11 +25,12 @@ from fewbits.kernels.decoders import (
     decoder_of,
     fetch_block,
     following,
+    keep_scales,
     less_offsets,
     scales_of,
     span_blocks,
 )
-from fewbits.kernels.fetching import fetch_lines
+from fewbits.kernels.fetching import ASKS_TWICE, fetch_lines
 from fewbits.kernels.lanes import (
     LANES,
     X_BYTES,
@@ -46,9 +48,9 @@ from fewbits.kernels.team import OWN, ROWS, STREAM_AT, STREAM_BYTES, WORDS, comp
 # The fields of a block.
 CODES_AT, ROW_BYTES = STREAM_AT, STREAM_BYTES
 (
-    BLOCK_BYTES, SPANS, SPAN_BLOCKS, GROUPS, SPAN_SCALES, SCALES_AT, SCALE_KIND, ZEROS_AT, RAISED_BY, X_AT, X_STRIDE,
+    BLOCK_BYTES, SPANS, SPAN_BLOCKS, GROUPS, SPAN_SCALES, SCALES_AT, SCALE_KIND, ZEROS_AT, X_AT, X_STRIDE,
     PARTS, TOKENS, X_SUMS_AT, X_SCALES_AT, BIAS_AT, OUT_AT, OUT_KIND, AHEAD, X_UNITS_AT,
-) = range(OWN, OWN + 20)  # fmt: skip
+) = range(OWN, OWN + 19)  # fmt: skip
 # Bytes of a copied last block.
 COPY = 256
 # Bytes of a row from which on rows go one after the other at one token: that is how they lie in memory. Of shorter
@@ -56,9 +58,11 @@ COPY = 256
 LONG_ROW = 2**10
 # Rows whose totals are kept before outputs are made of them.
 SOME_ROWS = 128
-# Bytes of what a thread has on its stack: copied blocks of two rows, behind them sums of four rows, and totals.
+# Bytes of what a thread has on its stack: copied blocks of two rows, behind them sums of four rows and eight times the
+# scales of 16 groups; and totals.
 COPIES, TOTALS = 2 * COPY, 4 * SOME_ROWS
-ROOM = COPIES + 256
+SCALES, VECTOR = COPIES + 256, 64
+ROOM = SCALES + 8 * VECTOR
 
 
 class _Weight(NamedTuple):
@@ -77,11 +81,11 @@ class _Weight(NamedTuple):
     scale_bytes: Any
     zeros_at: Any
     zeros: Any
-    raised: Any
     x_at: Any
     x_stride: Any
     parts: Any
     x_sums_at: Any
+    units_at: Any
     units: Any
     ahead: Any
     whole: Any
@@ -100,28 +104,28 @@ def _weight_of(decoder: Any, fields: Any) -> Any:
     return _Weight(
         rows, fields[CODES_AT], row_bytes, fields[BLOCK_BYTES], spans, span_blocks(decoder, fields[SPAN_BLOCKS]),
         (spans + panel - 1) // panel, panel, fields[GROUPS], fields[SCALES_AT],
-        4 if fields[SCALE_KIND] == FLOAT32 else 2, zeros_at, zeros, np.float32(fields[RAISED_BY]), fields[X_AT],
-        fields[X_STRIDE], fields[PARTS], fields[X_SUMS_AT], fields[X_UNITS_AT] - (fields[X_AT] >> 6),
-        fields[AHEAD], (rows * row_bytes - read) // row_bytes + 1,
+        4 if fields[SCALE_KIND] == FLOAT32 else 2, zeros_at, zeros, fields[X_AT], fields[X_STRIDE], fields[PARTS],
+        fields[X_SUMS_AT], fields[X_UNITS_AT], fields[X_UNITS_AT] - (fields[X_AT] >> 6), fields[AHEAD],
+        (rows * row_bytes - read) // row_bytes + 1,
     )  # fmt: skip
 
 
 @inlined
-def _scales_of(decoder: Any, weight: Any, row: Any, group: Any) -> Any:
-    """The scales of up to 16 groups of a row, from `group` on."""
+def _take_scales(decoder: Any, weight: Any, row: Any, token: Any, group: Any, kept: Any, sums: Any) -> Any:
+    """Keep the scales of up to 16 groups of a row, from `group` on, for a token's part, at an address.
+
+    Returns the sums without what these groups' decoded codes are too large by.
+    """
     at = weight.scales_at + weight.scale_bytes * (row * weight.groups + group)
-    return scales_of(decoder, at, min(LANES, weight.groups - group))
-
-
-@inlined
-def _less_offsets(decoder: Any, weight: Any, row: Any, token: Any, group: Any, scales: Any, sums: Any) -> Any:
-    """Sums without what decoded codes are too large by, of up to 16 groups from `group` on."""
+    count = min(LANES, weight.groups - group)
+    scales = scales_of(decoder, at, weight.units_at + 4 * (token * weight.groups + group), count)
+    keep_scales(decoder, scales, kept)
+    if weight.x_sums_at == 0:
+        return sums
     zeros_at = weight.zeros_at + row * weight.zeros + group
+    x_sums = weight.x_sums_at + 4 * (2 * token * weight.groups + group)
     zeros = min(LANES, max(0, weight.zeros - group))
-    x_sums = weight.x_sums_at + 4 * (token * weight.groups + group)
-    return less_offsets(
-        decoder, sums, weight.raised, scales, zeros_at, zeros, x_sums, min(LANES, weight.groups - group)
-    )  # fmt: skip
+    return less_offsets(decoder, sums, scales, zeros_at, zeros, x_sums, x_sums + 4 * weight.groups, count)
 
 
 @inner
@@ -161,14 +165,15 @@ def _last_block(weight: Any, row: Any, copy: Any) -> Any:
 @inlined
 def _add_last_block(decoder: Any, weight: Any, row: Any, copy: Any, x: Any, scales: Any, sums: Any) -> Any:
     """Sums + the products of a row's last block, read from a copy."""
-    products = add_products(no_sums(), codes_at(decoder, _last_block(weight, row, copy)), x, weight.units)
+    products = add_products(decoder, no_sums(), codes_at(decoder, _last_block(weight, row, copy)), x, weight.units)
     return add_scaled(decoder, sums, products, scales)
 
 
 @inlined
 def _fetch(decoder: Any, weight: Any, at: Any) -> None:
-    """Ask for codes ahead, and once more nearer: processors drop what they are asked for while they wait for much."""
-    fetch_block(decoder, at + weight.ahead)
+    """Ask for codes ahead."""
+    if ASKS_TWICE:
+        fetch_block(decoder, at + weight.ahead)
     fetch_block(decoder, at + (weight.ahead >> 1))
 
 
@@ -193,14 +198,13 @@ def _row(decoder: Any, weight: Any, row: Any, copy: Any) -> Any:
         x, at = weight.x_at + part * weight.x_stride, weight.codes + row * weight.row_bytes
         for panel in range(weight.panels):
             first, group = panel * weight.panel, panel * LANES
-            scales = _scales_of(decoder, weight, row, group)
-            if part == 0 and weight.x_sums_at != 0:
-                sums = _less_offsets(decoder, weight, row, 0, group, scales, sums)
+            scales = copy + SCALES
+            sums = _take_scales(decoder, weight, row, part, group, scales, sums)
             for _ in range(first, min(first + weight.panel, spans)):
                 products = no_sums(), no_sums()
                 for _ in range(blocks):
                     _fetch(decoder, weight, at)
-                    products = add_products_apart(products, codes_at(decoder, at), x, weight.units)
+                    products = add_products_apart(decoder, products, codes_at(decoder, at), x, weight.units)
                     at, x = at + wide, x + X_BYTES
                 sums, scales = add_scaled(decoder, sums, both(products), scales), following(decoder, scales)
             if short and panel == weight.panels - 1:
@@ -231,13 +235,11 @@ def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> N
         at2, at3 = weight.codes + r2 * width, weight.codes + r3 * width
         for panel in range(weight.panels):
             first, group = panel * weight.panel, panel * LANES
-            s0, s1 = _scales_of(decoder, weight, r0, group), _scales_of(decoder, weight, r1, group)
-            s2, s3 = _scales_of(decoder, weight, r2, group), _scales_of(decoder, weight, r3, group)
-            if part == 0 and weight.x_sums_at != 0:
-                y0 = _less_offsets(decoder, weight, r0, 0, group, s0, y0)
-                y1 = _less_offsets(decoder, weight, r1, 0, group, s1, y1)
-                y2 = _less_offsets(decoder, weight, r2, 0, group, s2, y2)
-                y3 = _less_offsets(decoder, weight, r3, 0, group, s3, y3)
+            s = copy + SCALES
+            y0 = _take_scales(decoder, weight, r0, part, group, s, y0)
+            y1 = _take_scales(decoder, weight, r1, part, group, s + VECTOR, y1)
+            y2 = _take_scales(decoder, weight, r2, part, group, s + 2 * VECTOR, y2)
+            y3 = _take_scales(decoder, weight, r3, part, group, s + 3 * VECTOR, y3)
             for _ in range(first, min(first + weight.panel, spans)):
                 p0, p1, p2, p3 = no_sums(), no_sums(), no_sums(), no_sums()
                 for _ in range(blocks):
@@ -245,20 +247,19 @@ def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> N
                     _fetch(decoder, weight, at1)
                     _fetch(decoder, weight, at2)
                     _fetch(decoder, weight, at3)
-                    p0 = add_products(p0, codes_at(decoder, at0), x, weight.units)
-                    p1 = add_products(p1, codes_at(decoder, at1), x, weight.units)
-                    p2 = add_products(p2, codes_at(decoder, at2), x, weight.units)
-                    p3 = add_products(p3, codes_at(decoder, at3), x, weight.units)
+                    p0 = add_products(decoder, p0, codes_at(decoder, at0), x, weight.units)
+                    p1 = add_products(decoder, p1, codes_at(decoder, at1), x, weight.units)
+                    p2 = add_products(decoder, p2, codes_at(decoder, at2), x, weight.units)
+                    p3 = add_products(decoder, p3, codes_at(decoder, at3), x, weight.units)
                     at0, at1, at2, at3, x = at0 + wide, at1 + wide, at2 + wide, at3 + wide, x + X_BYTES
-                y0, y1 = add_scaled(decoder, y0, p0, s0), add_scaled(decoder, y1, p1, s1)
-                y2, y3 = add_scaled(decoder, y2, p2, s2), add_scaled(decoder, y3, p3, s3)
-                s0, s1 = following(decoder, s0), following(decoder, s1)
-                s2, s3 = following(decoder, s2), following(decoder, s3)
+                y0, y1 = add_scaled(decoder, y0, p0, s), add_scaled(decoder, y1, p1, s + VECTOR)
+                y2, y3 = add_scaled(decoder, y2, p2, s + 2 * VECTOR), add_scaled(decoder, y3, p3, s + 3 * VECTOR)
+                s = following(decoder, s)
             if short and panel == weight.panels - 1:
-                y0 = _add_last_block(decoder, weight, r0, copy, x, s0, y0)
-                y1 = _add_last_block(decoder, weight, r1, copy, x, s1, y1)
-                y2 = _add_last_block(decoder, weight, r2, copy, x, s2, y2)
-                y3 = _add_last_block(decoder, weight, r3, copy, x, s3, y3)
+                y0 = _add_last_block(decoder, weight, r0, copy, x, s, y0)
+                y1 = _add_last_block(decoder, weight, r1, copy, x, s + VECTOR, y1)
+                y2 = _add_last_block(decoder, weight, r2, copy, x, s + 2 * VECTOR, y2)
+                y3 = _add_last_block(decoder, weight, r3, copy, x, s + 3 * VECTOR, y3)
     store_totals(y0, y1, y2, y3, totals)
 
 
@@ -268,26 +269,25 @@ def _two_rows(
 ) -> None:  # fmt: skip
     """Totals of two rows and four tokens, token after token, to an address."""
     wide, width, blocks, spans = weight.block_bytes, weight.row_bytes, weight.span_blocks, weight.spans
-    codes, stride = weight.codes, weight.x_stride * weight.parts
+    codes, parts, stride = weight.codes, weight.parts, weight.x_stride * weight.parts
     y00, y01, y02, y03 = no_sums(), no_sums(), no_sums(), no_sums()
     y10, y11, y12, y13 = no_sums(), no_sums(), no_sums(), no_sums()
     copied = r1 >= weight.whole
-    for part in range(weight.parts):
+    for part in range(parts):
         x = weight.x_at + part * weight.x_stride
         x0, x1, x2, x3 = x + t0 * stride, x + t1 * stride, x + t2 * stride, x + t3 * stride
         at0, at1 = codes + r0 * width, codes + r1 * width
         for panel in range(weight.panels):
             first, group = panel * weight.panel, panel * LANES
-            s0, s1 = _scales_of(decoder, weight, r0, group), _scales_of(decoder, weight, r1, group)
-            if part == 0 and weight.x_sums_at != 0:
-                y00 = _less_offsets(decoder, weight, r0, t0, group, s0, y00)
-                y01 = _less_offsets(decoder, weight, r0, t1, group, s0, y01)
-                y02 = _less_offsets(decoder, weight, r0, t2, group, s0, y02)
-                y03 = _less_offsets(decoder, weight, r0, t3, group, s0, y03)
-                y10 = _less_offsets(decoder, weight, r1, t0, group, s1, y10)
-                y11 = _less_offsets(decoder, weight, r1, t1, group, s1, y11)
-                y12 = _less_offsets(decoder, weight, r1, t2, group, s1, y12)
-                y13 = _less_offsets(decoder, weight, r1, t3, group, s1, y13)
+            s = copy + SCALES
+            y00 = _take_scales(decoder, weight, r0, t0 * parts + part, group, s, y00)
+            y01 = _take_scales(decoder, weight, r0, t1 * parts + part, group, s + VECTOR, y01)
+            y02 = _take_scales(decoder, weight, r0, t2 * parts + part, group, s + 2 * VECTOR, y02)
+            y03 = _take_scales(decoder, weight, r0, t3 * parts + part, group, s + 3 * VECTOR, y03)
+            y10 = _take_scales(decoder, weight, r1, t0 * parts + part, group, s + 4 * VECTOR, y10)
+            y11 = _take_scales(decoder, weight, r1, t1 * parts + part, group, s + 5 * VECTOR, y11)
+            y12 = _take_scales(decoder, weight, r1, t2 * parts + part, group, s + 6 * VECTOR, y12)
+            y13 = _take_scales(decoder, weight, r1, t3 * parts + part, group, s + 7 * VECTOR, y13)
             for span in range(first, min(first + weight.panel, spans)):
                 p00, p01, p02, p03 = no_sums(), no_sums(), no_sums(), no_sums()
                 p10, p11, p12, p13 = no_sums(), no_sums(), no_sums(), no_sums()
@@ -297,18 +297,22 @@ def _two_rows(
                     _fetch(decoder, weight, at0)
                     _fetch(decoder, weight, at1)
                     row = codes_at(decoder, at0)
-                    p00, p01 = add_products(p00, row, x0, weight.units), add_products(p01, row, x1, weight.units)
-                    p02, p03 = add_products(p02, row, x2, weight.units), add_products(p03, row, x3, weight.units)
+                    p00 = add_products(decoder, p00, row, x0, weight.units)
+                    p01 = add_products(decoder, p01, row, x1, weight.units)
+                    p02 = add_products(decoder, p02, row, x2, weight.units)
+                    p03 = add_products(decoder, p03, row, x3, weight.units)
                     row = codes_at(decoder, at1)
-                    p10, p11 = add_products(p10, row, x0, weight.units), add_products(p11, row, x1, weight.units)
-                    p12, p13 = add_products(p12, row, x2, weight.units), add_products(p13, row, x3, weight.units)
+                    p10 = add_products(decoder, p10, row, x0, weight.units)
+                    p11 = add_products(decoder, p11, row, x1, weight.units)
+                    p12 = add_products(decoder, p12, row, x2, weight.units)
+                    p13 = add_products(decoder, p13, row, x3, weight.units)
                     at0, at1 = at0 + wide, at1 + wide
                     x0, x1, x2, x3 = x0 + X_BYTES, x1 + X_BYTES, x2 + X_BYTES, x3 + X_BYTES
-                y00, y01 = add_scaled(decoder, y00, p00, s0), add_scaled(decoder, y01, p01, s0)
-                y02, y03 = add_scaled(decoder, y02, p02, s0), add_scaled(decoder, y03, p03, s0)
-                y10, y11 = add_scaled(decoder, y10, p10, s1), add_scaled(decoder, y11, p11, s1)
-                y12, y13 = add_scaled(decoder, y12, p12, s1), add_scaled(decoder, y13, p13, s1)
-                s0, s1 = following(decoder, s0), following(decoder, s1)
+                y00, y01 = add_scaled(decoder, y00, p00, s), add_scaled(decoder, y01, p01, s + VECTOR)
+                y02, y03 = add_scaled(decoder, y02, p02, s + 2 * VECTOR), add_scaled(decoder, y03, p03, s + 3 * VECTOR)
+                y10, y11 = add_scaled(decoder, y10, p10, s + 4 * VECTOR), add_scaled(decoder, y11, p11, s + 5 * VECTOR)
+                y12, y13 = add_scaled(decoder, y12, p12, s + 6 * VECTOR), add_scaled(decoder, y13, p13, s + 7 * VECTOR)
+                s = following(decoder, s)
     store_totals(y00, y10, y01, y11, totals)
     store_totals(y02, y12, y03, y13, totals + 16)
 

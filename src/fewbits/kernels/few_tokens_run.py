@@ -54,8 +54,9 @@ class DotRows(CompiledLinear):
         span_blocks = blocks if self._groups == 1 else max(1, size // BLOCK)
         span_scales = 0 if self._groups == 1 else max(1, BLOCK // size)
         lanes = _lanes(self._groups, in_features)
-        self._is_whole = kind in (WHOLE4, WHOLE8)
         self._blocks = blocks
+        # Whole numbers have a unit for every block, or for every group of one or more.
+        self._units = 0 if kind not in (WHOLE4, WHOLE8) else self._groups if lanes else blocks
         row_bytes = codes.stride(0) * codes.element_size()
         scale_dtype = torch.float32 if scales is None else scales.dtype
         self._work = Work(
@@ -71,7 +72,6 @@ class DotRows(CompiledLinear):
                 rows.SCALES_AT: 0 if scales is None else scales.data_ptr(),
                 rows.SCALE_KIND: STORED[scale_dtype],
                 rows.ZEROS_AT: 0 if zeros is None else zeros.data_ptr(),
-                rows.RAISED_BY: raised,
                 rows.X_STRIDE: blocks * X_BYTES,
                 rows.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
                 rows.AHEAD: AHEAD_BYTES_OF_LONG if row_bytes >= rows.LONG_ROW else bytes_ahead(row_bytes, 4),
@@ -80,7 +80,12 @@ class DotRows(CompiledLinear):
         )
         self._arrange = Work(
             arranged.token_work("arranged"),
-            {arranged.COLUMNS: in_features, arranged.GROUPS: self._groups, arranged.ORDER: order_of(kind, lanes)},
+            {
+                arranged.COLUMNS: in_features,
+                arranged.GROUPS: self._groups,
+                arranged.ORDER: order_of(kind, lanes),
+                arranged.RAISED_BY: raised,
+            },
         )
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
@@ -89,8 +94,8 @@ class DotRows(CompiledLinear):
         # Finer dtypes are the sum of two bf16 numbers, with 16 bits of mantissa, or of two whole ones.
         parts = 1 if x.dtype == torch.bfloat16 or self._rounds_tokens else 2
         values = torch.empty((tokens, parts, self._blocks, X_BYTES), dtype=torch.uint8)
-        units = torch.empty((tokens, parts, self._blocks)) if self._is_whole else None
-        sums = torch.empty((tokens, self._groups)) if self._needs_sums else None
+        units = torch.empty((tokens, parts, self._units)) if self._units else None
+        sums = torch.empty((tokens, parts, 2, self._groups)) if self._needs_sums else None
         scales = torch.empty(tokens) if self._rounds_tokens else None
         sums_at, scales_at, units_at = (0 if each is None else each.data_ptr() for each in (sums, scales, units))
         arrange = self._arrange.step(tokens, {

@@ -24,9 +24,10 @@ _features = llvm.get_host_cpu_features()
 HAS_BF16 = bool(_features.get("avx512bf16"))
 HAS_VNNI = bool(_features.get("avx512vnni"))
 HAS_BYTE_TABLES = bool(_features.get("avx512vbmi"))
+HAS_AMX = bool(_features.get("amx-int8"))
 # Where bf16 products are a quarter as fast as those of bytes, or missing. Processors with matrix units have them slow:
 # Emerald Rapids makes one vector's in 2.2 cycles, those of bytes, and of fp32, in half a one.
-PREFERS_BYTES = HAS_VNNI and (bool(_features.get("amx-int8")) or not HAS_BF16)
+PREFERS_BYTES = HAS_VNNI and (HAS_AMX or not HAS_BF16)
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -204,8 +205,8 @@ def dot_bytes(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
 PLANES, X_BYTES = 2, 256
 
 
-def _add_whole_products(builder: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
-    """Sums + two vectors of unsigned bytes · 128 whole numbers · their unit: exact up to the unit.
+def _add_whole_products(builder: Any, lanes: int, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
+    """Sums + two vectors of unsigned bytes · 128 whole numbers, and, unless scales have it, · their unit.
 
     The numbers' lower bytes come first, then their upper ones; both are signed.
     """
@@ -216,40 +217,44 @@ def _add_whole_products(builder: Any, sums: Any, codes: Any, x_at: Any, units: A
         for half in range(2):
             x = load(builder, builder.add(x_at, ir.Constant(I64, 64 * (2 * plane + half))), ByteLanes.vector)
             total = dot_bytes(builder, total, builder.extract_value(codes, half), x)
+    products = builder.sitofp(total, Sums.vector)
+    if lanes:
+        return builder.fadd(sums, products)
     # A unit of 4 bytes for every 256 of activations.
     unit = load(builder, builder.add(units, builder.lshr(x_at, ir.Constant(I64, 6))), F32)
-    return multiply_add(builder, builder.sitofp(total, Sums.vector), spread(builder, unit), sums)
+    return multiply_add(builder, products, spread(builder, unit), sums)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_products(typing_context: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
+def add_products(typing_context: Any, decoder: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
     """Sums + a block of 128 codes · 128 activations at an address: bf16, or whole numbers where codes are bytes.
 
-    Of whole numbers that lie at an address, the unit lies at `units` and a 64th of it.
+    Whole numbers are multiplied with their unit where a row has one scale; of those at an address it lies at `units`
+    and a 64th of it. Elsewhere scales have been.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if codes.dtype == ByteLanes:
-            return _add_whole_products(builder, *arguments)
-        sums, codes_of_block, x_at, _ = arguments
+            return _add_whole_products(builder, signature.args[0].lanes, *arguments[1:])
+        _, sums, codes_of_block, x_at, _ = arguments
         return _add_products(builder, [sums], codes_of_block, x_at)[0]
 
-    return Sums(Sums, codes, types.int64, types.int64), generate
+    return Sums(decoder, Sums, codes, types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_products_apart(typing_context: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
+def add_products_apart(typing_context: Any, decoder: Any, sums: Any, codes: Any, x_at: Any, units: Any) -> Any:
     """Like `add_products`, into two sums that need not wait for each other."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        apart = [builder.extract_value(arguments[0], half) for half in range(2)]
+        apart = [builder.extract_value(arguments[1], half) for half in range(2)]
         if codes.dtype == ByteLanes:
-            apart[0] = _add_whole_products(builder, apart[0], *arguments[1:])
+            apart[0] = _add_whole_products(builder, signature.args[0].lanes, apart[0], *arguments[2:])
         else:
-            apart = _add_products(builder, apart, *arguments[1:3])
+            apart = _add_products(builder, apart, *arguments[2:4])
         return context.make_tuple(builder, signature.return_type, apart)
 
-    return types.UniTuple(Sums, 2)(types.UniTuple(Sums, 2), codes, types.int64, types.int64), generate
+    return types.UniTuple(Sums, 2)(decoder, types.UniTuple(Sums, 2), codes, types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

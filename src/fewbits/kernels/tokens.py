@@ -35,7 +35,9 @@ from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, po
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
 # The fields of a block; a row is a token.
-X_AT, X_KIND, COLUMNS, OUT_AT, SCALES_AT, TO_FP8, GROUPS, SUMS_AT, ORDER, PARTS, UNITS_AT = range(OWN, OWN + 11)
+X_AT, X_KIND, COLUMNS, OUT_AT, SCALES_AT, TO_FP8, GROUPS, SUMS_AT, ORDER, PARTS, UNITS_AT, RAISED_BY = range(
+    OWN, OWN + 12
+)
 
 SMALLEST = np.finfo(np.float32).tiny
 NOT_FINITE = np.uint32(0x7F800000)
@@ -207,11 +209,11 @@ LARGEST_WHOLE, LEAST_UNIT = np.float32(127 * 257), np.float32(2.0**-115)
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _whole_block(
-    typing_context: Any, source: Any, taken: Any, target: Any, unit: Any, factor: Any, order: Any
+    typing_context: Any, source: Any, wholes: Any, target: Any, unit: Any, factor: Any, order: Any
 ) -> Any:  # fmt: skip
     """128 fp32 numbers at an address as whole ones to another (kernels.lanes), in an order of decoded codes.
 
-    They are x · factor, rounded; whole · unit goes to `taken`, and what it leaves of x is put in their place.
+    They are x · factor, rounded, which go to `wholes` too; what whole · unit leaves of x is put in their place.
     """
     if not isinstance(order, types.Literal):
         return None
@@ -226,12 +228,12 @@ def _whole_block(
         return builder.shuffle_vector(first, first, splat(words, 0))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, taken, target, unit, factor, _ = arguments
+        source, wholes, target, unit, factor, _ = arguments
         x = load(builder, source, floats)
         whole = call(builder, f"llvm.rint.v{BLOCK}f32", floats, [builder.fmul(x, spread_wide(builder, factor))])
         minus = spread_wide(builder, builder.fneg(unit))
         left = call(builder, f"llvm.fma.v{BLOCK}f32", floats, [whole, minus, x])
-        for numbers, at in ((left, source), (builder.fmul(whole, spread_wide(builder, unit)), taken)):
+        for numbers, at in ((left, source), (whole, wholes)):
             builder.store(numbers, builder.inttoptr(at, floats.as_pointer()), align=4)
         rest = builder.fptosi(whole, words)
         for plane in range(PLANES):
@@ -275,37 +277,59 @@ def _sum_of_eights(typing_context: Any, source: Any, eights: Any) -> Any:
     return types.float32(types.int64, types.int64), generate
 
 
-@merged
-def _arrange_whole(fields: Any, token: Any, row: Any, taken: Any) -> None:
-    """A token's activations, zeros behind them, as whole numbers, each block with its unit: NaN if not finite.
+@inlined
+def _whole_span(fields: Any, source: Any, wholes: Any, target: Any, blocks: Any) -> Any:
+    """Blocks of fp32 numbers as whole ones of one unit, which is returned: NaN, and zeros, if some are not finite."""
+    largest = np.uint32(0)
+    for block in range(blocks):
+        largest = max(largest, _largest_bits(source + 4 * BLOCK * block))
+    unit, factor = np.float32(np.nan), np.float32(0.0)
+    if largest < NOT_FINITE:
+        unit = max(as_float(largest) / LARGEST_WHOLE, LEAST_UNIT)
+        factor = np.float32(1.0) / unit
+    else:
+        carray(pointer_to(source), (blocks * BLOCK,), np.float32)[:] = np.float32(0.0)
+    for block in range(blocks):
+        at, behind = 4 * BLOCK * block, X_BYTES * block
+        if fields[ORDER] == WHOLE_HALVES:
+            _whole_block(source + at, wholes + at, target + behind, unit, factor, WHOLE_HALVES)
+        else:
+            _whole_block(source + at, wholes + at, target + behind, unit, factor, WHOLE_SECONDS)
+    return unit
 
-    The sums are those of the whole numbers: what these have lost then counts as often as what codes stand for.
+
+@merged
+def _arrange_whole(fields: Any, token: Any, row: Any, wholes: Any) -> None:
+    """A token's activations, zeros behind them, as whole numbers of as many units as there are groups, or blocks.
+
+    The sums are those of the whole numbers: what these have lost then counts as often as what codes stand for. They are
+    multiplied with the units where a row has one scale; elsewhere scales will be.
     """
     blocks, parts, groups = row.size // BLOCK, fields[PARTS], fields[GROUPS]
-    units = carray(pointer_to(fields[UNITS_AT] + 4 * token * parts * blocks), (parts, blocks), np.float32)
-    target, source, other = fields[OUT_AT] + token * parts * blocks * X_BYTES, row.ctypes.data, taken.ctypes.data
     size = row.size if groups == 1 else fields[COLUMNS] // groups
+    span = 1 if groups == 1 or size < BLOCK else size // BLOCK
+    # Units of a block.
+    share = 1 if groups == 1 or size >= BLOCK else BLOCK // size
+    count = blocks if groups == 1 else groups
+    units = carray(pointer_to(fields[UNITS_AT] + 4 * token * parts * count), (parts, count), np.float32)
+    sums = carray(pointer_to(fields[SUMS_AT] + 8 * token * parts * groups), (parts, 2, groups), np.float32)
+    target, source, other = fields[OUT_AT] + token * parts * blocks * X_BYTES, row.ctypes.data, wholes.ctypes.data
     for part in range(parts):
-        for block in range(blocks):
+        for block in range(0, blocks, span):
             at = 4 * BLOCK * block
-            largest = _largest_bits(source + at)
-            unit, factor = np.float32(np.nan), np.float32(0.0)
-            if largest < NOT_FINITE:
-                unit = max(as_float(largest) / LARGEST_WHOLE, LEAST_UNIT)
-                factor = np.float32(1.0) / unit
-            else:
-                row[block * BLOCK : (block + 1) * BLOCK] = np.float32(0.0)
-            units[part, block] = unit
-            if fields[ORDER] == WHOLE_HALVES:
-                _whole_block(source + at, other + at, target, unit, factor, WHOLE_HALVES)
-            else:
-                _whole_block(source + at, other + at, target, unit, factor, WHOLE_SECONDS)
-            target += X_BYTES
+            unit = _whole_span(fields, source + at, other + at, target, span)
+            first = block // span * share
+            for k in range(first, min(first + share, count)):
+                units[part, k] = unit
+            target += X_BYTES * span
         if fields[SUMS_AT] != 0:
-            sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
+            if groups == 1:
+                for block in range(blocks):
+                    for k in range(block * BLOCK, (block + 1) * BLOCK):
+                        wholes[k] *= units[part, block]
             for g in range(groups):
-                total = _sum_of_eights(other + 4 * g * size, size // 8)
-                sums[g] = total if part == 0 else sums[g] + total
+                sums[part, 0, g] = _sum_of_eights(other + 4 * g * size, size // 8)
+                sums[part, 1, g] = np.float32(fields[RAISED_BY]) * sums[part, 0, g]
 
 
 @merged
@@ -325,10 +349,10 @@ def _arrange_bf16(fields: Any, token: Any, row: Any, values: Any) -> None:
     for part in range(parts):
         _split(row, values[:columns])
         if fields[SUMS_AT] != 0:
-            sums = carray(pointer_to(fields[SUMS_AT] + 4 * token * groups), (groups,), np.float32)
+            sums = carray(pointer_to(fields[SUMS_AT] + 8 * (token * parts + part) * groups), (2, groups), np.float32)
             for g in range(groups):
-                total = _sum(values[g * size : (g + 1) * size])
-                sums[g] = total if part == 0 else sums[g] + total
+                sums[0, g] = _sum(values[g * size : (g + 1) * size])
+                sums[1, g] = np.float32(fields[RAISED_BY]) * sums[0, g]
         at = fields[OUT_AT] + 2 * (token * parts + part) * values.size
         _reordered(values.ctypes.data, fields[ORDER], at, values.size)
 
@@ -340,11 +364,11 @@ def _arranged(address: Any, start: Any, stop: Any) -> None:
     padded = (columns + BLOCK - 1) // BLOCK * BLOCK
     row = np.zeros(padded, np.float32)
     if fields[ORDER] >= WHOLE_HALVES:
-        taken = np.empty(padded, np.float32)
+        wholes = np.empty(padded, np.float32)
         for token in range(start, stop):
             _widen_row(fields, token, row[:columns])
             # What the token before has left behind its activations is zeros.
-            _arrange_whole(fields, token, row, taken)
+            _arrange_whole(fields, token, row, wholes)
     else:
         values = np.zeros(padded, np.uint16)
         for token in range(start, stop):
