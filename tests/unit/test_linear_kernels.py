@@ -14,6 +14,7 @@ from fewbits.errors import KernelError
 from fewbits.kernels import choose as choosing
 from fewbits.kernels import int8_run, token_tiles_run
 from fewbits.kernels.choose import KERNELS, choose, reasons_against
+from fewbits.kernels.decoded_rows import DecodedRows
 from fewbits.kernels.few_tokens import FewTokens
 from fewbits.kernels.few_tokens_run import few_tokens
 from fewbits.kernels.int8_dynamic import Int8Rows, Int8Tiles, OneDnnInt8
@@ -65,6 +66,23 @@ def test_weight_only_and_fp8_products(scheme: Scheme, rows: int) -> None:
                     # So are those of panels, and products before token scale and bias are added.
                     bound += 2.0**-9 * sizes + 2.0**-7 * (np.abs(expected) + np.abs(case.bias.numpy()))
                 assert (np.abs(y.double().numpy() - expected) <= bound + 1e-6).all(), (kernel.name, tokens, dtype)
+
+
+@pytest.mark.skipif("matrix_units" not in CPU.features, reason="decoded rows are multiplied in matrix units")
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY, ids=str)
+def test_decoded_rows(scheme: Scheme) -> None:
+    columns = 576
+    if Tiles().why_not(LinearSpec(scheme, columns, 1, 256, torch.bfloat16, "cpu", CPU)) is not None:
+        pytest.skip("not decoded to bf16 by 32")
+    for rows, tokens in ((1, 1), (32, 32), (45, 33), (130, 300)):
+        case, x = make(scheme, rows, columns), activations(tokens, columns, torch.bfloat16)
+        wide = x.double().numpy() if scheme.activations is None else rounded_to_fp8(x)
+        expected = wide @ case.decoded.T + case.bias.numpy()
+        sizes = np.abs(wide) @ np.abs(case.decoded).T
+        # Weights of groups are rounded to bf16, others are not.
+        bound = 2.0**-8 * np.abs(expected) + (2.0**-8 if scheme.group_size else 2.0**-17) * sizes + 1e-6
+        y = DecodedRows().prepare(case.weight, case.bias)(x)
+        assert (np.abs(y.double().numpy() - expected) <= bound).all(), (rows, tokens)
 
 
 @pytest.mark.parametrize("by_bytes", [True, False], ids=["bytes", "bf16"])
@@ -278,6 +296,10 @@ def test_the_choice_by_tokens_and_processor() -> None:
     assert choose(replace(spec(W8A8, 1024, machine=matrices), in_features=4100)).name == "oneDNN int8"
     assert choose(replace(small, machine=matrices)).name == "int8 rows"
     assert choose(replace(small, machine=matrices, in_features=580)).name == "int8 tiles"
+    small = replace(small, scheme=int4, in_features=640, tokens=256, machine=Machine(products | {"matrix_units"}))
+    assert choose(small).name == "decoded rows"
+    assert choose(replace(small, tokens=255)).name == "tiles"
+    assert choose(replace(small, in_features=4096)).name == "tiles"
     assert choose(spec(int4, 1, machine=Machine())).name == "reference"
     assert choose(spec(int4, 1, dtype=torch.float64)).name == "reference"
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from fewbits.errors import KernelError
 from fewbits.kernels.cuda import CudaFp8, CudaInt8
+from fewbits.kernels.decoded_rows import DecodedRows
 from fewbits.kernels.few_tokens import FewTokens
 from fewbits.kernels.int8_dynamic import FloatInt8, Int8FewTokens, Int8Rows, Int8Tiles, OneDnnInt8
 from fewbits.kernels.panels import Panels
@@ -23,6 +24,7 @@ KERNELS: tuple[Kernel, ...] = (
     Int8Tiles(),
     OneDnnInt8(),
     FewTokens(),
+    DecodedRows(),
     Tiles(),
     Panels(),
     FloatInt8(),

@@ -111,21 +111,34 @@ def _weight_of(decoder: Any, fields: Any) -> Any:
 
 
 @inlined
+def _scales_of(decoder: Any, weight: Any, row: Any, token: Any, group: Any) -> Any:
+    """The scales of up to 16 groups of a row, from `group` on, for a token's part."""
+    at = weight.scales_at + weight.scale_bytes * (row * weight.groups + group)
+    units_at = weight.units_at + 4 * (token * weight.groups + group)
+    return scales_of(decoder, at, units_at, min(LANES, weight.groups - group))
+
+
+@inlined
+def _less_offsets(decoder: Any, weight: Any, row: Any, token: Any, group: Any, scales: Any, sums: Any) -> Any:
+    """Sums without what decoded codes are too large by, of up to 16 groups from `group` on."""
+    zeros_at = weight.zeros_at + row * weight.zeros + group
+    zeros = min(LANES, max(0, weight.zeros - group))
+    x_sums = weight.x_sums_at + 4 * (2 * token * weight.groups + group)
+    count = min(LANES, weight.groups - group)
+    return less_offsets(decoder, sums, scales, zeros_at, zeros, x_sums, x_sums + 4 * weight.groups, count)
+
+
+@inlined
 def _take_scales(decoder: Any, weight: Any, row: Any, token: Any, group: Any, kept: Any, sums: Any) -> Any:
     """Keep the scales of up to 16 groups of a row, from `group` on, for a token's part, at an address.
 
     Returns the sums without what these groups' decoded codes are too large by.
     """
-    at = weight.scales_at + weight.scale_bytes * (row * weight.groups + group)
-    count = min(LANES, weight.groups - group)
-    scales = scales_of(decoder, at, weight.units_at + 4 * (token * weight.groups + group), count)
+    scales = _scales_of(decoder, weight, row, token, group)
     keep_scales(decoder, scales, kept)
     if weight.x_sums_at == 0:
         return sums
-    zeros_at = weight.zeros_at + row * weight.zeros + group
-    x_sums = weight.x_sums_at + 4 * (2 * token * weight.groups + group)
-    zeros = min(LANES, max(0, weight.zeros - group))
-    return less_offsets(decoder, sums, scales, zeros_at, zeros, x_sums, x_sums + 4 * weight.groups, count)
+    return _less_offsets(decoder, weight, row, token, group, scales, sums)
 
 
 @inner
@@ -235,11 +248,19 @@ def _short_rows(decoder: Any, weight: Any, r0: Any, copy: Any, totals: Any) -> N
         at2, at3 = weight.codes + r2 * width, weight.codes + r3 * width
         for panel in range(weight.panels):
             first, group = panel * weight.panel, panel * LANES
+            s0, s1 = _scales_of(decoder, weight, r0, part, group), _scales_of(decoder, weight, r1, part, group)
+            s2, s3 = _scales_of(decoder, weight, r2, part, group), _scales_of(decoder, weight, r3, part, group)
+            # All before any is kept: what they share is then loaded once.
+            if weight.x_sums_at != 0:
+                y0 = _less_offsets(decoder, weight, r0, part, group, s0, y0)
+                y1 = _less_offsets(decoder, weight, r1, part, group, s1, y1)
+                y2 = _less_offsets(decoder, weight, r2, part, group, s2, y2)
+                y3 = _less_offsets(decoder, weight, r3, part, group, s3, y3)
             s = copy + SCALES
-            y0 = _take_scales(decoder, weight, r0, part, group, s, y0)
-            y1 = _take_scales(decoder, weight, r1, part, group, s + VECTOR, y1)
-            y2 = _take_scales(decoder, weight, r2, part, group, s + 2 * VECTOR, y2)
-            y3 = _take_scales(decoder, weight, r3, part, group, s + 3 * VECTOR, y3)
+            keep_scales(decoder, s0, s)
+            keep_scales(decoder, s1, s + VECTOR)
+            keep_scales(decoder, s2, s + 2 * VECTOR)
+            keep_scales(decoder, s3, s + 3 * VECTOR)
             for _ in range(first, min(first + weight.panel, spans)):
                 p0, p1, p2, p3 = no_sums(), no_sums(), no_sums(), no_sums()
                 for _ in range(blocks):

@@ -28,7 +28,7 @@ from fewbits.kernels.tile_sums import begin, end, tile_of
 
 # The fields of a block; a row of it is some tokens and a panel. X_AT: rows of X_WORDS words, a token each. SOME: tokens
 # taken at once. WEIGHT_AT: [panels of PANEL or fewer, X_WORDS, OUTPUTS] words. SCALES_AT, BIAS_AT: fp32, SUMS_BEGIN_AT:
-# int32, by output up to the end of its panel; X_SCALES_AT: fp32 by token. OUT_AT: rows of WIDTH outputs.
+# int32, by output up to the end of its panel; X_SCALES_AT: fp32 by token, or 0. OUT_AT: rows of WIDTH outputs.
 (
     X_AT, X_WORDS, TOKENS, SOME, WEIGHT_AT, PANEL, WIDTH, SCALES_AT, BIAS_AT, SUMS_BEGIN_AT, X_SCALES_AT, OUT_AT,
     OUT_KIND,
@@ -57,7 +57,7 @@ def _lie_well(fields: Any, count: Any) -> Any:
 
 
 @inner
-def _write(tile: Any, fields: Any, token: Any, count: Any, column: Any, sums: Any, room: Any) -> None:
+def _write(tile: Any, fields: Any, token: Any, count: Any, column: Any, sums: Any, room: Any, ones: Any) -> None:
     """Sums of some tokens and 32 outputs, to where they belong."""
     width = 4 if fields[OUT_KIND] == FLOAT32 else 2
     first, stride = column * OUTPUTS, width * fields[WIDTH]
@@ -65,9 +65,10 @@ def _write(tile: Any, fields: Any, token: Any, count: Any, column: Any, sums: An
     there = min(OUTPUTS, fields[WIDTH] - first)
     place, apart = (out, stride) if there == OUTPUTS else (room, np.int64(LINE))
     by_output = 4 * first
+    by_token = fields[X_SCALES_AT] + 4 * token if fields[X_SCALES_AT] != 0 else ones
     finish_rows(
-        tile, fields[OUT_KIND], sums, fields[SCALES_AT] + by_output, fields[BIAS_AT] + by_output,
-        fields[SUMS_BEGIN_AT] + by_output, fields[X_SCALES_AT] + 4 * token, place, apart, np.int64(count),
+        tile, fields[OUT_KIND], fields[SCALES_AT] != 0, sums, fields[SCALES_AT] + by_output,
+        fields[BIAS_AT] + by_output, fields[SUMS_BEGIN_AT] + by_output, by_token, place, apart, np.int64(count),
     )  # fmt: skip
     if there < OUTPUTS:
         for row in range(count):
@@ -97,7 +98,9 @@ def _multiply(tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> Non
     some = (words // TURN + chunks - 1) // chunks * TURN
     ready = (memory.ctypes.data + 63) // 64 * 64
     room = ready + ROWS * STRIDE
-    first_sums = room + ROWS * LINE
+    ones = room + ROWS * LINE
+    first_sums = ones + LINE
+    carray(pointer_to(ones), (TILE,), np.float32)[:] = np.float32(1.0)
     # Sums wait for the next words of a row; if there are none, only until the next ones are made.
     waiting = fields[PANEL] if chunks > 1 else 2
     for number in range(start, stop):
@@ -119,10 +122,12 @@ def _multiply(tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> Non
                         continue
                     # The ones made before: the processor finishes them while matrix units are at work.
                     if made_column >= 0:
-                        _write(tile, fields, token + made_row, min(TILE, count - made_row), made_column, made_at, room)
+                        left = min(TILE, count - made_row)
+                        _write(tile, fields, token + made_row, left, made_column, made_at, room, ones)
                     made_column, made_row, made_at = column, row, sums
             if made_column >= 0:
-                _write(tile, fields, token + made_row, min(TILE, count - made_row), made_column, made_at, room)
+                left = min(TILE, count - made_row)
+                _write(tile, fields, token + made_row, left, made_column, made_at, room, ones)
 
 
 @cache
@@ -134,7 +139,7 @@ def matrix_rows(of_bytes: bool) -> Any:
         waiting = fields[PANEL] if fields[X_WORDS] > CHUNK else 2
         begin(tile)
         # Handed over rather than used here: it lives as long as the call.
-        _multiply(tile, fields, start, stop, np.empty(64 + ROWS * (STRIDE + LINE * (1 + waiting)), np.uint8))
+        _multiply(tile, fields, start, stop, np.empty(64 + LINE + ROWS * (STRIDE + LINE * (1 + waiting)), np.uint8))
         end(tile)
 
     return compiled_work(work)

@@ -60,7 +60,7 @@ def arranged_columns(matrix: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _padded(numbers: torch.Tensor | None, out: int, dtype: torch.dtype) -> torch.Tensor:
+def padded(numbers: torch.Tensor | None, out: int, dtype: torch.dtype) -> torch.Tensor:
     """A number for each output up to the end of its panel, zeros where there are none."""
     made = torch.zeros(-(-out // OUTPUTS) * OUTPUTS, dtype=dtype)
     if numbers is not None:
@@ -68,15 +68,14 @@ def _padded(numbers: torch.Tensor | None, out: int, dtype: torch.dtype) -> torch
     return made
 
 
-class _Products:
-    """Steps of products with an arranged weight."""
+class Products:
+    """Steps of products with an arranged weight of so many words a row, for `out` outputs."""
 
-    def __init__(self, of_bytes: bool, weight: torch.Tensor, out: int, fields: Mapping[int, int]) -> None:
-        self._tiles, self._words = weight.shape[:2]
-        fixed = {rows.X_WORDS: self._words, rows.WEIGHT_AT: weight.data_ptr(), rows.WIDTH: out, **fields}
-        self._work = Work(rows.matrix_rows(of_bytes), fixed)
+    def __init__(self, of_bytes: bool, words: int, out: int, fields: Mapping[int, int]) -> None:
+        self._tiles, self._words = -(-out // OUTPUTS), words
+        self._work = Work(rows.matrix_rows(of_bytes), {rows.X_WORDS: words, rows.WIDTH: out, **fields})
 
-    def step(self, x_at: int, x_scales_at: int, out: torch.Tensor) -> Array:
+    def step(self, x_at: int, x_scales_at: int, weight: torch.Tensor, out: torch.Tensor) -> Array:
         tokens = len(out)
         most = max(LEAST_TILES, PANEL_BYTES // (4 * OUTPUTS * self._words))
         runs = -(-tokens // rows.ROWS)
@@ -85,7 +84,7 @@ class _Products:
         panel, some = -(-self._tiles // panels), -(-tokens // (runs * rows.TILE)) * rows.TILE
         return self._work.step(-(-self._tiles // panel) * -(-tokens // some), {
             rows.X_AT: x_at, rows.TOKENS: tokens, rows.SOME: some, rows.PANEL: panel, rows.X_SCALES_AT: x_scales_at,
-            rows.OUT_AT: out.data_ptr(), rows.OUT_KIND: STORED[out.dtype],
+            rows.WEIGHT_AT: weight.data_ptr(), rows.OUT_AT: out.data_ptr(), rows.OUT_KIND: STORED[out.dtype],
         })  # fmt: skip
 
 
@@ -95,13 +94,13 @@ class PairRows(CompiledLinear):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(*weight.shape)
         made = arranged_columns(weight.T) if weight.T.is_contiguous() else arranged(weight.contiguous())
-        wide_bias = _padded(bias, self._out, torch.float32)
+        wide_bias = padded(bias, self._out, torch.float32)
         self._kept = made, wide_bias
-        self._products = _Products(False, made, self._out, {rows.BIAS_AT: wide_bias.data_ptr()})
+        self._products = Products(False, made.shape[1], self._out, {rows.BIAS_AT: wide_bias.data_ptr()})
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
         """Multiply."""
-        return Steps((self._products.step(x.data_ptr(), 0, out),))
+        return Steps((self._products.step(x.data_ptr(), 0, self._kept[0], out),))
 
 
 class ByteRows(CompiledLinear):
@@ -111,15 +110,15 @@ class ByteRows(CompiledLinear):
         super().__init__(*weight.shape)
         made = arranged(weight.codes.contiguous())
         # What activations as code + 128 make too much.
-        begin = _padded(row_sums(weight.codes) * -128, self._out, torch.int32)
-        scales, wide_bias = (_padded(numbers, self._out, torch.float32) for numbers in (weight.scales, bias))
+        begin = padded(row_sums(weight.codes) * -128, self._out, torch.int32)
+        scales, wide_bias = (padded(numbers, self._out, torch.float32) for numbers in (weight.scales, bias))
         self._kept = made, begin, scales, wide_bias
-        self._products = _Products(True, made, self._out, {
+        self._products = Products(True, made.shape[1], self._out, {
             rows.SUMS_BEGIN_AT: begin.data_ptr(), rows.SCALES_AT: scales.data_ptr(), rows.BIAS_AT: wide_bias.data_ptr(),
         })  # fmt: skip
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
         """Round the activations, multiply."""
         codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty((len(x), 1))
-        multiply = self._products.step(codes.data_ptr(), scales.data_ptr(), out)
+        multiply = self._products.step(codes.data_ptr(), scales.data_ptr(), self._kept[0], out)
         return Steps((int8_step(x, codes, scales), multiply), (codes, scales))

@@ -23,32 +23,35 @@ _HALVES = range(OUTPUTS // LANES)
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _finish(
-    typing_context: Any, tile: Any, kind: Any, sums: Any, scales: Any, biases: Any, begins: Any, token_scales: Any,
-    out: Any, stride: Any, rows: Any,
+    typing_context: Any, tile: Any, kind: Any, scaled: Any, sums: Any, scales: Any, biases: Any, begins: Any,
+    token_scales: Any, out: Any, stride: Any, rows: Any,
 ) -> Any:  # fmt: skip
-    if not isinstance(kind, types.Literal):
+    if not isinstance(kind, types.Literal) or not isinstance(scaled, types.Literal):
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         of_bytes, kind = signature.args[0].of_bytes, signature.args[1].literal_value
-        sums, scales, biases, begins, token_scales, out, stride, rows = arguments[2:]
+        has_scales = of_bytes or bool(signature.args[2].literal_value)
+        sums, scales, biases, begins, token_scales, out, stride, rows = arguments[3:]
         shifts = [ir.Constant(I64, 4 * LANES * half) for half in _HALVES]
 
         def vectors(address: Any, vector: ir.VectorType = Sums.vector) -> list[Any]:
             return [load(builder, builder.add(address, shift), vector) for shift in shifts]
 
         bias = vectors(biases)
-        by_output, starts = (vectors(scales), vectors(begins, IntSums.vector)) if of_bytes else ([], [])
+        by_output = vectors(scales) if has_scales else []
+        starts = vectors(begins, IntSums.vector) if of_bytes else []
 
         def body(row: Any, carried: list[Any]) -> list[Any]:
             at = builder.add(sums, builder.mul(row, ir.Constant(I64, 4 * OUTPUTS)))
             values = vectors(at, IntSums.vector if of_bytes else Sums.vector)
             if of_bytes:
+                totals = [builder.add(value, start) for value, start in zip(values, starts, strict=True)]
+                values = [builder.sitofp(total, Sums.vector) for total in totals]
+            if has_scales:
                 place = builder.add(token_scales, builder.mul(row, ir.Constant(I64, 4)))
                 of_token = spread(builder, load(builder, place, F32))
-                for half in _HALVES:
-                    total = builder.sitofp(builder.add(values[half], starts[half]), Sums.vector)
-                    values[half] = builder.fmul(builder.fmul(total, of_token), by_output[half])
+                values = [builder.fmul(builder.fmul(values[half], of_token), by_output[half]) for half in _HALVES]
             values = [builder.fadd(value, added) for value, added in zip(values, bias, strict=True)]
             place = builder.add(out, builder.mul(row, stride))
             if kind == BFLOAT16 and HAS_BF16:
@@ -64,23 +67,26 @@ def _finish(
         repeat(builder, rows, [], body)
         return context.get_dummy_value()
 
-    return types.none(tile, kind, *[types.int64] * 8), generate
+    return types.none(tile, kind, scaled, *[types.int64] * 8), generate
 
 
 @inner
 def finish_rows(
-    tile: Any, kind: Any, sums: Any, scales: Any, biases: Any, begins: Any, token_scales: Any, out: Any,
+    tile: Any, kind: Any, scaled: Any, sums: Any, scales: Any, biases: Any, begins: Any, token_scales: Any, out: Any,
     stride: Any, rows: Any,
 ) -> None:  # fmt: skip
     """Sums of `rows` tokens, at least one, at an address, to outputs at another, `stride` bytes from token to token.
 
     Args:
-        tile: of bytes if sums are int32, and have scales. scales, biases: addresses of fp32 numbers of the outputs.
-        begins: that of int32 ones, which sums of bytes are too small by. token_scales: that of fp32 ones of the tokens.
+        tile: of bytes if sums are int32; these always have scales. scaled: whether fp32 sums have, of bf16 outputs.
+        scales, biases: addresses of fp32 numbers of the outputs. begins: that of int32 ones, which sums of bytes are
+            too small by. token_scales: that of fp32 ones of the tokens.
     """
-    if kind == BFLOAT16:
-        _finish(tile, BFLOAT16, sums, scales, biases, begins, token_scales, out, stride, rows)
+    if kind == BFLOAT16 and scaled:
+        _finish(tile, BFLOAT16, 1, sums, scales, biases, begins, token_scales, out, stride, rows)
+    elif kind == BFLOAT16:
+        _finish(tile, BFLOAT16, 0, sums, scales, biases, begins, token_scales, out, stride, rows)
     elif kind == FLOAT16:
-        _finish(tile, FLOAT16, sums, scales, biases, begins, token_scales, out, stride, rows)
+        _finish(tile, FLOAT16, 0, sums, scales, biases, begins, token_scales, out, stride, rows)
     else:
-        _finish(tile, FLOAT32, sums, scales, biases, begins, token_scales, out, stride, rows)
+        _finish(tile, FLOAT32, 0, sums, scales, biases, begins, token_scales, out, stride, rows)

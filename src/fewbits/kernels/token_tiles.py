@@ -34,7 +34,7 @@ VECTOR_BYTES, GROUPS, GROUP_SCALES_AT, ZEROS_AT, SIGNED_ZEROS, MIDPOINT = range(
 
 
 @inner
-def _decode(decoder: Any, fields: Any, row: Any, first_word: Any, last_word: Any, out_at: Any) -> None:
+def decode_row(decoder: Any, fields: Any, row: Any, first_word: Any, last_word: Any, out_at: Any) -> None:
     """Pairs of inputs of a row to bf16, and ask for the codes that are decoded next."""
     first, last, columns = 2 * first_word, 2 * last_word, 2 * fields[WORDS_OF_ROW]
     groups, width = fields[GROUPS], fields[VECTOR_BYTES]
@@ -69,7 +69,7 @@ def _decode(decoder: Any, fields: Any, row: Any, first_word: Any, last_word: Any
 @overload(make_ready, strict=False)  # type: ignore[untyped-decorator]
 def _make_ready(decoder: Any, fields: Any, row: Any, first: Any, last: Any, out_at: Any) -> Any:
     if isinstance(decoder, Decoder):
-        return lambda decoder, fields, row, first, last, out_at: _decode(decoder, fields, row, first, last, out_at)
+        return lambda decoder, fields, row, first, last, out_at: decode_row(decoder, fields, row, first, last, out_at)
     return None
 
 

@@ -33,32 +33,46 @@ def tiles_at_once(arranged: torch.Tensor) -> int:
     return -(-len(arranged) // turns)
 
 
-class TokenTiles(CompiledLinear):
-    """y = x Ŵᵀ + b for bf16 activations and outputs."""
+class Decoding:
+    """How rows of a weight are decoded to bf16: unscaled where a row has one scale, which multiplies its sums.
 
-    def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
-        super().__init__(*weight.shape)
-        scheme = weight.scheme
+    kind: of codes, as decoders have it. fields: of kernels.token_tiles; scales: of rows, None where there are groups.
+    """
+
+    def __init__(self, weight: LinearWeight) -> None:
+        scheme, width = weight.scheme, weight.shape[1]
         codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
         zeros = None if weight.zero_points is None else weight.zero_points.contiguous()
-        wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
-        self._rounds_tokens = scheme.activations is not None
-        self._kept = (codes, scales, zeros, wide_bias)
-        self._kind = FP8 if scheme.kind == "float" else INT8 if scheme.bits == 8 else str(scheme.bits)
-        groups = scheme.groups(self._in)
-        self._fields = {
+        groups = scheme.groups(width)
+        self._kept = codes, scales, zeros
+        self.kind = FP8 if scheme.kind == "float" else INT8 if scheme.bits == 8 else str(scheme.bits)
+        self.scales = scales if groups == 1 else None
+        self.fields = {
             rows.CODES_AT: codes.data_ptr(),
             rows.ROW_BYTES: codes.stride(0) * codes.element_size(),
-            rows.WORDS_OF_ROW: self._in // 2,
-            rows.SCALES_AT: scales.data_ptr() if groups == 1 else 0,
+            rows.WORDS_OF_ROW: width // 2,
             rows.SCALE_KIND: STORED[scales.dtype],
-            rows.BIAS_AT: 0 if wide_bias is None else wide_bias.data_ptr(),
-            tiles.VECTOR_BYTES: vector_bytes(self._kind),
+            tiles.VECTOR_BYTES: vector_bytes(self.kind),
             tiles.GROUPS: groups,
             tiles.GROUP_SCALES_AT: 0 if groups == 1 else scales.data_ptr(),
             tiles.ZEROS_AT: 0 if zeros is None else zeros.data_ptr(),
             tiles.SIGNED_ZEROS: int(scheme.bits == 8),
             tiles.MIDPOINT: scheme.midpoint if scheme.bits < 8 else 0,
+        }
+
+
+class TokenTiles(CompiledLinear):
+    """y = x Ŵᵀ + b for bf16 activations and outputs."""
+
+    def __init__(self, weight: LinearWeight, bias: torch.Tensor | None) -> None:
+        super().__init__(*weight.shape)
+        self._decoding = Decoding(weight)
+        self._bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self._rounds_tokens = weight.scheme.activations is not None
+        scales = self._decoding.scales
+        self._fields = self._decoding.fields | {
+            rows.SCALES_AT: 0 if scales is None else scales.data_ptr(),
+            rows.BIAS_AT: 0 if self._bias is None else self._bias.data_ptr(),
         }
         self._works: dict[int, Work] = {}
         self._arrange = Work(words.token_words(), {words.WIDTH: self._in // 2})
@@ -68,7 +82,7 @@ class TokenTiles(CompiledLinear):
         tokens = x.shape[0]
         vectors = tile_vectors(tokens)
         if vectors not in self._works:
-            compiled = tiles.token_tiles(f"{self._kind}:0:f32", vectors, HAS_MATRIX_UNITS)
+            compiled = tiles.token_tiles(f"{self._decoding.kind}:0:f32", vectors, HAS_MATRIX_UNITS)
             self._works[vectors] = Work(compiled, self._fields, multiple=PIECE_ROWS)
         lanes = LANES * vectors
         values, scales, blocks = x, None, []
