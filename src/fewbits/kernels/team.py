@@ -18,7 +18,6 @@ import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -31,7 +30,7 @@ from numba.extending import intrinsic
 from fewbits.kernels.compiling import Array, inlined
 from fewbits.kernels.fetching import fetch_lines
 from fewbits.kernels.memory import pointer_to
-from fewbits.kernels.threads import on_threads
+from fewbits.kernels.threads import on_threads, openmp
 
 # A step's block. How many rows of each part were handed out, and how many rows are done in all, each have a cache line
 # of their own: threads that take rows of one part don't slow others down, nor do those that wait.
@@ -196,17 +195,6 @@ def _yield_address() -> int:
     return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-@cache
-def _openmp() -> Any:
-    """`GOMP_parallel` of the library that torch carries, or None."""
-    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        parallel = ctypes.CDLL(str(file)).GOMP_parallel
-        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        parallel.restype = None
-        return parallel
-    return None
-
-
 def compiled_work(function: Callable[[Any, Any, Any], None]) -> Any:
     """A function of (address of a block, first row, last row + 1), compiled for `Work`."""
     return cfunc(_WORK, nopython=True, cache=True, error_model="numpy")(function)
@@ -284,7 +272,7 @@ class Program:
     def run(self, threads: int) -> None:
         """Go through all steps once; returns when everything is done."""
         self.begin(threads)
-        team, parallel = _compiled_team(), _openmp()
+        team, parallel = _compiled_team(), openmp()
         if threads == 1:
             team.ctypes(self._address)
         elif parallel is not None:

@@ -1,16 +1,21 @@
 """Kernels on several threads: rows are cut into runs, and each free thread takes the next one.
 
-The kernels themselves are compiled for one thread and release the interpreter, so plain threads do: no second pool
-spins beside torch's, and a caller that has threads of its own calls the kernels straight.
+The kernels themselves are compiled for one thread and release the interpreter. The threads are those of torch's OpenMP,
+where it is loaded and has GNU's: others would find the processors taken by these, which wait for the next product on
+them for milliseconds. Elsewhere plain threads do. A caller that has threads of its own calls the kernels straight.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 # Runs per thread: enough to even out what other processes take, few enough that starting one costs nothing.
 RUNS = 8
@@ -18,6 +23,9 @@ RUNS = 8
 ALONE = 2**17
 # Of a waiting OpenMP thread: some microseconds, longer than it takes torch to begin the next product.
 SPINS = "2000"
+
+# What OpenMP's threads call: a function of an address.
+_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 
@@ -67,13 +75,46 @@ def over_rows(rows: int, columns: int, work: Callable[[int, int], None], multipl
 
 
 def on_threads(work: Callable[[], None], threads: int) -> None:
-    """Call `work` on several threads at once, this one among them; returns when all are done."""
+    """Call `work` on several threads at once, this one among them; returns when all are done.
+
+    They may be fewer: `work` takes what is left to do until nothing is.
+    """
+    if "torch" in sys.modules and (parallel := openmp()) is not None:
+        return _on_openmp(work, threads, parallel)
     helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
     try:
         work()
     finally:
         for helper in helpers:
             helper.result()
+
+
+@cache
+def openmp() -> Any:
+    """`GOMP_parallel` of the library that torch carries, or None."""
+    import torch
+
+    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        parallel = ctypes.CDLL(str(file)).GOMP_parallel
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+        return parallel
+    return None
+
+
+def _on_openmp(work: Callable[[], None], threads: int, parallel: Any) -> None:
+    errors: list[BaseException] = []
+
+    def member(_: int | None) -> None:
+        # Nothing may be thrown through the library's own frames.
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            errors.append(error)
+
+    parallel(ctypes.cast(_MEMBER(member), ctypes.c_void_p), None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
