@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -75,6 +77,26 @@ def test_what_a_thread_raises_reaches_the_caller(error: type[BaseException]) -> 
 
     with threads_of_torch(2), pytest.raises(error, match="row 500"):
         over_rows(1000, 2**20, work)
+
+
+def test_what_work_refers_to_goes_with_the_call() -> None:
+    class Held:
+        rows = 0
+
+    held = Held()
+    watched = weakref.ref(held)
+
+    def work(start: int, stop: int, held: Held = held) -> None:
+        held.rows += stop - start
+
+    gc.disable()
+    try:
+        with threads_of_torch(2):
+            over_rows(1000, 2**20, work)
+        del work, held
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_callers_with_threads_of_their_own_do_not_wait_for_each_other() -> None:

@@ -79,7 +79,7 @@ def on_threads(work: Callable[[], None], threads: int) -> None:
 
     They may be fewer: `work` takes what is left to do until nothing is.
     """
-    if "torch" in sys.modules and (parallel := openmp()) is not None:
+    if "torch" in sys.modules and (parallel := openmp(_MEMBER)) is not None:
         return _on_openmp(work, threads, parallel)
     helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
     try:
@@ -90,13 +90,16 @@ def on_threads(work: Callable[[], None], threads: int) -> None:
 
 
 @cache
-def openmp() -> Any:
-    """`GOMP_parallel` of the library that torch carries, or None."""
+def openmp(member: Any = ctypes.c_void_p) -> Any:
+    """`GOMP_parallel` of the library that torch carries, or None. member: the ctypes type of what threads are to call.
+
+    A function is given as one, not cast to an address: a cast keeps it, and all that it refers to, in a cycle.
+    """
     import torch
 
     for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         parallel = ctypes.CDLL(str(file)).GOMP_parallel
-        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.argtypes = (member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         parallel.restype = None
         return parallel
     return None
@@ -112,7 +115,7 @@ def _on_openmp(work: Callable[[], None], threads: int, parallel: Any) -> None:
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
             errors.append(error)
 
-    parallel(ctypes.cast(_MEMBER(member), ctypes.c_void_p), None, threads, 0)
+    parallel(_MEMBER(member), None, threads, 0)
     if errors:
         raise errors[0]
 
