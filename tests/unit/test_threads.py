@@ -99,6 +99,32 @@ def test_what_work_refers_to_goes_with_the_call() -> None:
         gc.enable()
 
 
+FORKED = """
+import os
+import torch
+from fewbits.kernels.threads import over_rows
+from fewbits import Int4Asymmetric, QuantLinear
+torch.set_num_threads(2)
+layer, x = QuantLinear.from_linear(torch.nn.Linear(1024, 1024), Int4Asymmetric(128)), torch.ones(1, 1024)
+def rows():
+    done = []
+    over_rows(1000, 2**20, lambda start, stop: done.append(stop - start))
+    return sum(done)
+with torch.no_grad():
+    y = layer(x)
+    assert rows() == 1000
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if rows() == 1000 and torch.equal(layer(x), y) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
+
+
 def test_callers_with_threads_of_their_own_do_not_wait_for_each_other() -> None:
     def caller(number: int) -> int:
         total = []

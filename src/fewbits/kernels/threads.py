@@ -28,6 +28,7 @@ SPINS = "2000"
 _MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _pools: dict[int, ThreadPoolExecutor] = {}
+_forked = False
 
 
 def processors() -> int:
@@ -89,12 +90,17 @@ def on_threads(work: Callable[[], None], threads: int) -> None:
             helper.result()
 
 
-@cache
 def openmp(member: Any = ctypes.c_void_p) -> Any:
     """`GOMP_parallel` of the library that torch carries, or None. member: the ctypes type of what threads are to call.
 
-    A function is given as one, not cast to an address: a cast keeps it, and all that it refers to, in a cycle.
+    A function is given as one, not cast to an address: a cast keeps it, and all that it refers to, in a cycle. A forked
+    child has none: it would wait for threads of its parent's for ever.
     """
+    return None if _forked else _openmp(member)
+
+
+@cache
+def _openmp(member: Any) -> Any:
     import torch
 
     for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
@@ -126,6 +132,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return _pools[threads]
 
 
+def _begin_child() -> None:
+    """A child has none of its parent's threads."""
+    global _forked
+    _forked = True
+    _pools.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # A child has none of its parent's threads.
-    os.register_at_fork(after_in_child=_pools.clear)
+    os.register_at_fork(after_in_child=_begin_child)
