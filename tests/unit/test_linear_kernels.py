@@ -5,6 +5,7 @@ from __future__ import annotations
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from fewbits.kernels.decoded_rows import DecodedRows
 from fewbits.kernels.few_tokens import FewTokens
 from fewbits.kernels.few_tokens_run import few_tokens
 from fewbits.kernels.int8_dynamic import Int8Rows, Int8Tiles, OneDnnInt8
-from fewbits.kernels.spec import Kernel, LinearSpec, Machine, machine_of
+from fewbits.kernels.rows_abreast_run import RowsAbreast
+from fewbits.kernels.spec import Kernel, LinearSpec, LinearWeight, Machine, machine_of
 from fewbits.kernels.tiles import Tiles
 from fewbits.schemes import Scheme
 from linear_cases import activations, int8_product, make, rounded_to_fp8
@@ -85,20 +87,32 @@ def test_decoded_rows(scheme: Scheme) -> None:
         assert (np.abs(y.double().numpy() - expected) <= bound).all(), (rows, tokens)
 
 
-@pytest.mark.parametrize("by_bytes", [True, False], ids=["bytes", "bf16"])
+def abreast(weight: LinearWeight, bias: torch.Tensor | None) -> RowsAbreast:
+    if weight.scheme.bits != 4 or not weight.scheme.group_size:
+        pytest.skip("has no groups of 4 bits")
+    return RowsAbreast(weight, bias)
+
+
+FEW_TOKENS = {
+    "bytes": partial(few_tokens, by_bytes=True), "bf16": partial(few_tokens, by_bytes=False), "abreast": abreast
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", FEW_TOKENS)
 @pytest.mark.parametrize(
     "scheme, columns",
     [
         (Scheme("int", 4, False), 300), (Scheme("int", 4, True, 32), 384), (Scheme("int", 4, False, 64), 576),
-        (Scheme("int", 4, False, 16), 272), (Scheme("int", 4, False, 256), 2304), (Scheme("int", 8, True), 300),
-        (Scheme("int", 8, False, 128), 384),
+        (Scheme("int", 4, False, 16), 272), (Scheme("int", 4, True, 8), 136), (Scheme("int", 4, False, 256), 2304),
+        (Scheme("int", 4, False, 4096), 8192), (Scheme("int", 8, True), 300), (Scheme("int", 8, False, 128), 384),
     ],
     ids=str,
 )  # fmt: skip
-def test_few_tokens_whichever_products_the_processor_prefers(scheme: Scheme, columns: int, by_bytes: bool) -> None:
+def test_few_tokens_whichever_products_the_processor_prefers(scheme: Scheme, columns: int, way: str) -> None:
     """As bytes, activations are whole numbers that 127 · 257 of make the largest of a block of 128, or of a group of
     more; or two of these."""
-    case = make(scheme, 11, columns)
+    case = make(scheme, 45 if way == "abreast" else 11, columns)
+    run = FEW_TOKENS[way](case.weight, case.bias)
     scales = np.repeat(np.abs(case.weight.scales.double().numpy()), columns // case.weight.scales.shape[1], 1)
     for tokens in (1, 3, 4):
         for dtype in DTYPES:
@@ -110,16 +124,16 @@ def test_few_tokens_whichever_products_the_processor_prefers(scheme: Scheme, col
                 2 * HALF_ULP[dtype] * np.abs(expected)
                 + 2.0**-20 * np.abs(wide) @ (np.abs(case.decoded) + 300 * scales).T
             )
-            if by_bytes and dtype == torch.bfloat16:
+            if way != "bf16" and dtype == torch.bfloat16:
                 span = max(128, scheme.group_size or 0)
                 padded = np.pad(np.abs(wide), ((0, 0), (0, -columns % span))).reshape(tokens, -1, span)
                 units = np.repeat(padded.max(-1) / (127 * 257), span, 1)[:, :columns]
                 bound += units / 2 @ np.abs(case.decoded).T
-            y = few_tokens(case.weight, case.bias, by_bytes)(x).double().numpy()
+            y = run(x).double().numpy()
             assert (np.abs(y - expected) <= bound).all(), (tokens, dtype)
             broken = x.clone()
             broken[0, 9] = float("inf")
-            y = few_tokens(case.weight, case.bias, by_bytes)(broken)
+            y = run(broken)
             assert not y[0].isfinite().any() and y[1:].isfinite().all()
 
 
@@ -300,6 +314,12 @@ def test_the_choice_by_tokens_and_processor() -> None:
     assert choose(small).name == "decoded rows"
     assert choose(replace(small, tokens=255)).name == "tiles"
     assert choose(replace(small, in_features=4096)).name == "tiles"
+    narrow = LinearSpec(int4, 640, 1024, 8, machine=Machine(products | {"prefers_bytes"}))
+    assert choose(narrow).name == "rows abreast"
+    assert choose(replace(narrow, tokens=9)).name == "tiles"
+    assert choose(replace(narrow, tokens=1, in_features=1152)).name == "decode in registers"
+    assert choose(replace(narrow, tokens=1, scheme=Scheme("int", 4, False))).name == "decode in registers"
+    assert choose(replace(narrow, tokens=1, machine=Machine(products))).name == "decode in registers"
     assert choose(spec(int4, 1, machine=Machine())).name == "reference"
     assert choose(spec(int4, 1, dtype=torch.float64)).name == "reference"
 

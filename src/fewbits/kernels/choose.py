@@ -11,6 +11,7 @@ from fewbits.kernels.few_tokens import FewTokens
 from fewbits.kernels.int8_dynamic import FloatInt8, Int8FewTokens, Int8Rows, Int8Tiles, OneDnnInt8
 from fewbits.kernels.panels import Panels
 from fewbits.kernels.reference import Reference
+from fewbits.kernels.rows_abreast import RowsAbreast
 from fewbits.kernels.spec import Kernel, LinearSpec
 from fewbits.kernels.tiles import Tiles
 from fewbits.kernels.triton_int4 import TritonInt4
@@ -23,6 +24,7 @@ KERNELS: tuple[Kernel, ...] = (
     Int8Rows(),
     Int8Tiles(),
     OneDnnInt8(),
+    RowsAbreast(),
     FewTokens(),
     DecodedRows(),
     Tiles(),

@@ -229,11 +229,11 @@ def codes_at(typing_context: Any, decoder: Any, address: Any) -> Any:
     return types.UniTuple(*vectors)(decoder, types.int64), generate
 
 
-def _as_float(builder: Any, decoder: Decoder, stored: Any) -> Any:
-    """Scales as fp32."""
-    if decoder.scales == "bf16":
+def stored_as_float(builder: Any, name: str, stored: Any) -> Any:
+    """Scales that are stored as "f32", "bf16" or "f16", as fp32."""
+    if name == "bf16":
         return widened(builder, stored)
-    return builder.fpext(stored, ir.VectorType(F32, stored.type.count)) if decoder.scales == "f16" else stored
+    return builder.fpext(stored, ir.VectorType(F32, stored.type.count)) if name == "f16" else stored
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -261,7 +261,7 @@ def scales_of(typing_context: Any, decoder: Any, scales_at: Any, units_at: Any, 
         if not decoder.lanes:
             return ir.Constant(Sums.vector, None)
         kind = ir.VectorType(SCALES[decoder.scales], LANES)
-        scales = _as_float(builder, decoder, load_first(builder, scales_at, kind, count))
+        scales = stored_as_float(builder, decoder.scales, load_first(builder, scales_at, kind, count))
         if decoder.kind in (WHOLE4, WHOLE8):
             return builder.fmul(scales, load_first(builder, units_at, Sums.vector, count))
         return scales

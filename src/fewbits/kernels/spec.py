@@ -25,8 +25,8 @@ class Machine:
     """What a device can do, as far as kernels care.
 
     features: "numba", "triton", "exact_u8s8" (oneDNN sums int8 products without saturation), "bf16_products",
-        "byte_products" (instructions that compiled kernels have), "bf16_matrices" and "byte_matrices" (which oneDNN
-        has besides).
+        "byte_products" (instructions that compiled kernels have), "prefers_bytes" (bytes' are the faster),
+        "matrix_units" (AMX).
     capability: compute capability of a CUDA device, None elsewhere.
     """
 
@@ -122,7 +122,10 @@ def _instructions() -> set[str]:
     from fewbits.kernels import lanes
     from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 
-    found = {"bf16_products": lanes.HAS_BF16, "byte_products": lanes.HAS_VNNI, "matrix_units": HAS_MATRIX_UNITS}
+    found = {
+        "bf16_products": lanes.HAS_BF16, "byte_products": lanes.HAS_VNNI, "prefers_bytes": lanes.PREFERS_BYTES,
+        "matrix_units": HAS_MATRIX_UNITS,
+    }  # fmt: skip
     return {name for name, there in found.items() if there}
 
 
