@@ -317,6 +317,7 @@ def test_the_choice_by_tokens_and_processor() -> None:
     narrow = LinearSpec(int4, 640, 1024, 8, machine=Machine(products | {"prefers_bytes"}))
     assert choose(narrow).name == "rows abreast"
     assert choose(replace(narrow, tokens=9)).name == "tiles"
+    assert choose(replace(narrow, out_features=2**16)).name == "rows abreast"
     assert choose(replace(narrow, tokens=1, in_features=1152)).name == "decode in registers"
     assert choose(replace(narrow, tokens=1, scheme=Scheme("int", 4, False))).name == "decode in registers"
     assert choose(replace(narrow, tokens=1, machine=Machine(products))).name == "decode in registers"

@@ -7,9 +7,9 @@ import torch
 from fewbits.kernels.few_tokens import BLOCK
 from fewbits.kernels.spec import LinearSpec, LinearWeight, Run, not_compiled
 
-# Larger weights come from memory as fast as it gives them in either arrangement; more tokens are faster in tiles.
-# Measured in bench/linear.py.
-MOST_WEIGHTS, MOST_TOKENS = 2**20, 8
+# Larger weights come from memory as fast as it gives them in either arrangement, but for narrow ones, whose rows are
+# too short to hide their ends; more tokens are faster in tiles. Measured in bench/linear.py.
+MOST_WEIGHTS, NARROW, MOST_TOKENS = 2**20, 768, 8
 # Sums of so many products of a code and a whole number fit 32 bits.
 MOST_IN_GROUP = 2**12
 
@@ -31,8 +31,9 @@ class RowsAbreast:
             return f"groups of {size}: activations come in blocks of {BLOCK}, which must hold 1 to 16 groups or a part"
         if size > MOST_IN_GROUP:
             return f"sums of groups above {MOST_IN_GROUP} might not fit 32 bits"
-        if spec.in_features * spec.out_features > MOST_WEIGHTS:
-            return f"keeps weights twice, and is no faster above 2^{MOST_WEIGHTS.bit_length() - 1} of them"
+        if spec.in_features > NARROW and spec.in_features * spec.out_features > MOST_WEIGHTS:
+            most = f"2^{MOST_WEIGHTS.bit_length() - 1} weights of more than {NARROW} inputs"
+            return f"no faster than decoding in registers above {most}, and keeps them twice"
         if spec.tokens > MOST_TOKENS:
             return f"slower than tiles above {MOST_TOKENS} tokens"
         return None
