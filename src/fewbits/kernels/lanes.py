@@ -120,10 +120,12 @@ def repeat(builder: Any, count: Any, carried: list[Any], body: Callable[[Any, li
     values = [builder.phi(value.type) for value in carried]
     after = body(turn, values)
     following = builder.add(turn, ir.Constant(I64, 1))
-    turn.add_incoming(following, loop)
+    # Where the body ends, which may have branched.
+    last = builder.block
+    turn.add_incoming(following, last)
     for value, start, end in zip(values, carried, after, strict=True):
         value.add_incoming(start, before)
-        value.add_incoming(end, loop)
+        value.add_incoming(end, last)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, behind)
     builder.position_at_end(behind)
     return after
@@ -298,10 +300,10 @@ def bytes_at(typing_context: Any, address: Any) -> Any:
     return ByteLanes(types.int64), generate
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for a line of memory, for reading, into the second-level cache, as data."""
+def prefetch(builder: Any, address: Any, for_writing: bool = False) -> None:
+    """Ask for a line of memory, as data: for reading, into the second-level cache, or for writing, into the first."""
     pointer = builder.inttoptr(address, I8.as_pointer())
-    flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]
+    flags = [ir.Constant(I32, flag) for flag in ((1, 3, 1) if for_writing else (0, 2, 1))]
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *flags])
 
 

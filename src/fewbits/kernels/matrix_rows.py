@@ -19,10 +19,10 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from fewbits.kernels.compiling import inner
-from fewbits.kernels.lanes import I64
+from fewbits.kernels.lanes import I64, prefetch
 from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS, PAIRS, UNSIGNED_BY_SIGNED, add_tiles
-from fewbits.kernels.memory import FLOAT32, copy_bytes, pointer_to
-from fewbits.kernels.row_outputs import OUTPUTS, finish_rows
+from fewbits.kernels.memory import BFLOAT16, FLOAT32, copy_bytes, pointer_to
+from fewbits.kernels.row_outputs import OUTPUTS, RowWriter, finish_rows
 from fewbits.kernels.team import OWN, WORDS, compiled_work
 from fewbits.kernels.tile_sums import begin, end, tile_of
 
@@ -35,6 +35,8 @@ from fewbits.kernels.tile_sums import begin, end, tile_of
 ) = range(OWN, OWN + 13)  # fmt: skip
 # Tokens at once at most, and those of a tile.
 ROWS, TILE = 128, 32
+# Turns in which the sums of a tile before are written, if there are as many.
+WOVEN = 8
 # What the words of a row are a multiple of, and how many are multiplied with all outputs of a panel before the next.
 TURN, CHUNK = 16, 512
 # Bytes of a row of sums, of 32 outputs, and from one copied row of activations to the next: a line more than it has, so
@@ -76,18 +78,46 @@ def _write(tile: Any, fields: Any, token: Any, count: Any, column: Any, sums: An
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _add(typing_context: Any, tile: Any, rows: Any, stride: Any, weight: Any, turns: Any, sums: Any, begun: Any) -> Any:
-    """Sums += 32 rows, `stride` bytes apart, · a panel's 32 outputs over 16 words a turn; anew if not `begun`."""
+def _add(
+    typing_context: Any, tile: Any, rows: Any, stride: Any, weight: Any, turns: Any, sums: Any, begun: Any, out: Any,
+    apart: Any, writes: Any, made: Any, scales: Any, biases: Any, begins: Any, token_scales: Any, place: Any,
+) -> Any:  # fmt: skip
+    """Sums += 32 rows, `stride` bytes apart, · a panel's 32 outputs over 16 words a turn; anew if not `begun`.
+
+    Meanwhile lines at `out` are asked for, `apart` bytes from each other, and, if it `writes`, sums `made` before are
+    written at `place`, 32 tokens and outputs of bf16; WOVEN turns do that.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if HAS_MATRIX_UNITS:
-            _, rows, stride, weight, turns, sums, begun = arguments
-            kind = UNSIGNED_BY_SIGNED if signature.args[0].of_bytes else PAIRS
-            line = ir.Constant(I64, LINE)
-            add_tiles(builder, kind, 2, 2, rows, stride, weight, line, turns, sums, line, begun)
+        if not HAS_MATRIX_UNITS:
+            return context.get_dummy_value()
+        _, rows, stride, weight, turns, sums, begun, out, apart, writes, made, *of_outputs = arguments
+        scales, biases, begins, token_scales, place = of_outputs
+        of_bytes, line = signature.args[0].of_bytes, ir.Constant(I64, LINE)
+        writer = RowWriter(builder, BFLOAT16, of_bytes, scales, biases, begins)
+
+        def behind(address: Any, row: Any, stride: Any) -> Any:
+            return builder.add(address, builder.mul(row, stride))
+
+        def meanwhile(turn: Any) -> None:
+            with builder.if_then(builder.icmp_signed("<", turn, ir.Constant(I64, WOVEN))):
+                first = builder.mul(turn, ir.Constant(I64, TILE // WOVEN))
+                some = [builder.add(first, ir.Constant(I64, row)) for row in range(TILE // WOVEN)]
+                for row in some:
+                    prefetch(builder, behind(out, row, apart), for_writing=True)
+                with builder.if_then(writes):
+                    for row in some:
+                        of_token = behind(token_scales, row, ir.Constant(I64, 4))
+                        writer.write(behind(made, row, line), of_token, behind(place, row, apart))
+
+        kind = UNSIGNED_BY_SIGNED if of_bytes else PAIRS
+        add_tiles(builder, kind, 2, 2, rows, stride, weight, line, turns, sums, line, begun, meanwhile)
         return context.get_dummy_value()
 
-    return types.none(tile, *[types.int64] * 5, types.boolean), generate
+    numbers = [types.int64] * 5
+    return types.none(
+        tile, *numbers, types.boolean, types.int64, types.int64, types.boolean, types.int64, *numbers
+    ), generate  # fmt: skip
 
 
 @inner
@@ -103,6 +133,8 @@ def _multiply(tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> Non
     carray(pointer_to(ones), (TILE,), np.float32)[:] = np.float32(1.0)
     # Sums wait for the next words of a row; if there are none, only until the next ones are made.
     waiting = fields[PANEL] if chunks > 1 else 2
+    width = 4 if fields[OUT_KIND] == FLOAT32 else 2
+    apart = width * fields[WIDTH]
     for number in range(start, stop):
         top, token = number // runs * fields[PANEL], number % runs * fields[SOME]
         behind, count = min(top + fields[PANEL], tiles), min(fields[SOME], fields[TOKENS] - token)
@@ -112,16 +144,33 @@ def _multiply(tile: Any, fields: Any, start: Any, stop: Any, memory: Any) -> Non
             if not _lie_well(fields, count):
                 _copy_rows(fields, token, count, first, last, ready)
                 rows, stride = ready, np.int64(STRIDE)
-            made_column, made_row, made_at = -1, 0, 0
+            made_column, made_row, made_at = -1, 0, first_sums
             for column in range(top, behind):
                 weight = fields[WEIGHT_AT] + LINE * (column * words + first)
                 for row in range(0, count, TILE):
                     sums = first_sums + ((column - top) % waiting * ROWS + row) * LINE
-                    _add(tile, rows + row * stride, stride, weight, (last - first) // TURN, sums, first != 0)
+                    turns, begun, at = (last - first) // TURN, first != 0, rows + row * stride
                     if last < words:
+                        _add(
+                            tile, at, stride, weight, turns, sums, begun, sums, np.int64(LINE), False, sums, ones, ones,
+                            ones, ones, sums,
+                        )  # fmt: skip
                         continue
-                    # The ones made before: the processor finishes them while matrix units are at work.
-                    if made_column >= 0:
+                    # The ones made before are written while matrix units are at work.
+                    there, before = made_column >= 0, max(made_column, 0)
+                    whole = min(TILE, count - made_row) == TILE and (before + 1) * OUTPUTS <= fields[WIDTH]
+                    woven = there and whole and turns >= WOVEN and fields[OUT_KIND] == BFLOAT16
+                    of_output = 4 * before * OUTPUTS
+                    _add(
+                        tile, at, stride, weight, turns, sums, begun,
+                        fields[OUT_AT] + (token + row) * apart + width * column * OUTPUTS, apart, woven, made_at,
+                        fields[SCALES_AT] + of_output if fields[SCALES_AT] != 0 else ones,
+                        fields[BIAS_AT] + of_output,
+                        fields[SUMS_BEGIN_AT] + of_output if fields[SUMS_BEGIN_AT] != 0 else ones,
+                        fields[X_SCALES_AT] + 4 * (token + made_row) if fields[X_SCALES_AT] != 0 else ones,
+                        fields[OUT_AT] + (token + made_row) * apart + width * before * OUTPUTS,
+                    )  # fmt: skip
+                    if there and not woven:
                         left = min(TILE, count - made_row)
                         _write(tile, fields, token + made_row, left, made_column, made_at, room, ones)
                     made_column, made_row, made_at = column, row, sums

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -60,8 +61,13 @@ def _move(builder: Any, name: str, tile: int, address: Any, stride: Any) -> None
 def add_tiles(
     builder: Any, kind: str, height: int, width: int, rows: Any, row_stride: Any, tokens: Any, token_stride: Any,
     turns: Any, sums: Any, sum_stride: Any, begun: Any,
+    meanwhile: Callable[[Any], None] = lambda turn: None,
 ) -> None:  # fmt: skip
-    """Sums += `height` by `width` tiles, at most 2 by 2, over 16 words a turn, or begin with nothing if not `begun`."""
+    """Sums += `height` by `width` tiles, at most 2 by 2, over 16 words a turn, or begin with nothing if not `begun`.
+
+    meanwhile: adds other instructions to each turn: matrix units are at work for 64 cycles then, and processors look
+        ahead no further than a few turns.
+    """
     places = [(r, t) for r in range(height) for t in range(width)]
     first_row, first_token = len(places), len(places) + height
 
@@ -82,6 +88,7 @@ def add_tiles(
         for number, (r, t) in enumerate(places):
             operands = [ir.Constant(I8, place) for place in (number, first_row + r, first_token + t)]
             call(builder, f"llvm.x86.{kind}", _VOID, operands)
+        meanwhile(turn)
         return []
 
     with builder.if_else(begun) as (then, otherwise):
