@@ -313,6 +313,8 @@ def test_the_choice_by_tokens_and_processor() -> None:
     small = replace(small, scheme=int4, in_features=640, tokens=256, machine=Machine(products | {"matrix_units"}))
     assert choose(small).name == "decoded rows"
     assert choose(replace(small, tokens=255)).name == "tiles"
+    assert choose(replace(small, tokens=1024, in_features=1536)).name == "decoded rows"
+    assert choose(replace(small, tokens=1023, in_features=1536)).name == "tiles"
     assert choose(replace(small, in_features=4096)).name == "tiles"
     narrow = LinearSpec(int4, 640, 1024, 8, machine=Machine(products | {"prefers_bytes"}))
     assert choose(narrow).name == "rows abreast"

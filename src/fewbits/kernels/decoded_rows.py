@@ -7,9 +7,9 @@ import torch
 from fewbits.kernels.spec import LinearSpec, LinearWeight, Run
 from fewbits.kernels.tiles import Tiles
 
-# Fewer tokens are no faster than in tiles, nor are larger weights, of which decoding takes longer than tiles' outputs,
-# that come turned. Measured in bench/linear.py.
-LEAST_TOKENS, MOST_WEIGHTS = 256, 2**19
+# Fewer tokens are no faster than in tiles, of larger weights many more, of which decoding takes longer than tiles'
+# outputs, that come turned. Measured in bench/linear.py.
+LEAST_TOKENS, SMALL, LEAST_TOKENS_OF_LARGER, MOST_WEIGHTS = 256, 2**19, 1024, 2**20
 
 
 class DecodedRows:
@@ -22,10 +22,12 @@ class DecodedRows:
             return reason
         if "matrix_units" not in spec.machine.features:
             return "needs a processor with matrix units (AMX)"
-        if spec.in_features * spec.out_features > MOST_WEIGHTS:
+        weights = spec.in_features * spec.out_features
+        if weights > MOST_WEIGHTS:
             return f"no faster than tiles above 2^{MOST_WEIGHTS.bit_length() - 1} weights"
-        if spec.tokens < LEAST_TOKENS:
-            return f"slower than tiles below {LEAST_TOKENS} tokens"
+        least = LEAST_TOKENS if weights <= SMALL else LEAST_TOKENS_OF_LARGER
+        if spec.tokens < least:
+            return f"slower than tiles below {least} tokens"
         return None
 
     def prepare(self, weight: LinearWeight, bias: torch.Tensor | None) -> Run:

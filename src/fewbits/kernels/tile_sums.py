@@ -29,7 +29,7 @@ from fewbits.kernels.strips import add_products_of_pairs
 
 # Rows of a block that a thread works on, the bytes of inputs that it holds of each, and what the pieces of rows that
 # threads take are multiples of. Matrix units sum up faster than the next cache delivers: larger blocks ask less of it.
-BLOCK_ROWS, BLOCK_BYTES, PIECE_ROWS = (96, 2048, 32) if HAS_MATRIX_UNITS else (48, 1024, 48)
+BLOCK_ROWS, BLOCK_BYTES, PIECE_ROWS = (128, 2048, 32) if HAS_MATRIX_UNITS else (48, 1024, 48)
 # Bytes from one row of a block to the next: a line more than it has, so that rows don't fall on the same lines of a
 # cache.
 STRIDE = BLOCK_BYTES + 64

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from fewbits.kernels.compiling import as_bits, as_float, inlined, inner, merged
 from fewbits.kernels.decoders import BLOCK, BY_EIGHTS, BY_FOURS, NATURAL, WHOLE_HALVES, WHOLE_SECONDS
 from fewbits.kernels.lanes import (
+    CODES,
     F32,
     I8,
     I16,
@@ -22,6 +23,7 @@ from fewbits.kernels.lanes import (
     LANES,
     PLANES,
     X_BYTES,
+    Bf16Lanes,
     IntSums,
     Sums,
     call,
@@ -30,8 +32,9 @@ from fewbits.kernels.lanes import (
     repeat,
     splat,
     spread,
+    widened,
 )
-from fewbits.kernels.memory import BFLOAT16, FLOAT16, as_bf16, half_as_float, pointer_to
+from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32, as_bf16, half_as_float, pointer_to
 from fewbits.kernels.team import OWN, ROWS, WORDS, compiled_work
 
 # The fields of a block; a row is a token.
@@ -77,22 +80,48 @@ def _scale(row: Any, limit: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _vectors_of_codes(typing_context: Any, row: Any, codes: Any, vectors: Any, scale: Any, inverse: Any) -> Any:
-    """Codes + 128 of vectors of 16 fp32 numbers at an address, none beyond 127 scales, to bytes at another.
+def _largest_of_bf16(typing_context: Any, row: Any, vectors: Any) -> Any:
+    """The bits of the largest magnitude of vectors of 32 bf16 numbers at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, vectors = arguments
+        kind = Bf16Lanes.vector
+
+        def body(turn: Any, carried: list[Any]) -> list[Any]:
+            bits = load(builder, builder.add(row, builder.mul(turn, ir.Constant(I64, 2 * CODES))), kind)
+            magnitudes = builder.and_(bits, splat(kind, 0x7FFF))
+            return [call(builder, f"llvm.umax.v{CODES}i16", kind, [carried[0], magnitudes])]
+
+        (largest,) = repeat(builder, vectors, [ir.Constant(kind, None)], body)
+        return builder.zext(call(builder, f"llvm.vector.reduce.umax.v{CODES}i16", I16, [largest]), I32)
+
+    return types.uint32(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _vectors_of_codes(
+    typing_context: Any, kind: Any, row: Any, codes: Any, vectors: Any, scale: Any, inverse: Any
+) -> Any:  # fmt: skip
+    """Codes + 128 of vectors of 16 numbers at an address, fp32 or bf16, none beyond 127 scales, to bytes at another.
 
     A product with the reciprocal, corrected by what it leaves, is the quotient, rounded as a division rounds it, in
     a fraction of the time (Markstein 1990, theorem 7).
     """
+    if not isinstance(kind, types.Literal):
+        return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row, codes, vectors, scale, inverse = arguments
+        _, row, codes, vectors, scale, inverse = arguments
         divisor, factor = spread(builder, builder.fneg(scale)), spread(builder, inverse)
+        is_bf16 = signature.args[0].literal_value == BFLOAT16
 
         def fused(*factors: Any) -> Any:
             return call(builder, "llvm.fma.v16f32", Sums.vector, list(factors))
 
         def body(turn: Any, carried: list[Any]) -> list[Any]:
-            x = load(builder, builder.add(row, builder.mul(turn, ir.Constant(I64, 4 * LANES))), Sums.vector)
+            at = builder.add(row, builder.mul(turn, ir.Constant(I64, (2 if is_bf16 else 4) * LANES)))
+            x = load(builder, at, ir.VectorType(I16, LANES) if is_bf16 else Sums.vector)
+            x = widened(builder, x) if is_bf16 else x
             near = builder.fmul(x, factor)
             quotient = fused(fused(near, divisor, x), factor, near)
             nearest = builder.fptosi(call(builder, "llvm.rint.v16f32", Sums.vector, [quotient]), IntSums.vector)
@@ -104,19 +133,33 @@ def _vectors_of_codes(typing_context: Any, row: Any, codes: Any, vectors: Any, s
         repeat(builder, vectors, [], body)
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64, types.int64, types.float32, types.float32), generate
+    return types.none(kind, types.int64, types.int64, types.int64, types.float32, types.float32), generate
 
 
 @inner
 def _int8_codes(row: Any, scale: Any, codes: Any) -> None:
     vectors = row.size // LANES if LEAST < scale < MOST else 0
     if vectors:
-        _vectors_of_codes(row.ctypes.data, codes.ctypes.data, vectors, scale, np.float32(1.0) / scale)
+        at, to = row.ctypes.data, codes.ctypes.data
+        _vectors_of_codes(FLOAT32, at, to, vectors, scale, np.float32(1.0) / scale)
     for k in range(vectors * LANES, row.size):
         code = np.rint(row[k] / scale)
         code = np.float32(-127.0) if code < np.float32(-127.0) else code
         code = np.float32(127.0) if code > np.float32(127.0) else code
         codes[k] = np.uint8(np.int32(code) + np.int32(128))
+
+
+@inner
+def _bf16_to_int8(x_at: Any, columns: Any, codes_at: Any) -> Any:
+    """Codes + 128 of a token in bf16, inputs by 32, and the scale, which is returned: 0, and no codes, where products
+    with its reciprocal don't serve."""
+    largest = as_float(np.uint32(_largest_of_bf16(x_at, columns // CODES)) << np.uint32(16))
+    scale = max(largest, SMALLEST) / np.float32(127.0)
+    # Not so if some x is not finite.
+    if not LEAST < scale < MOST:
+        return np.float32(0.0)
+    _vectors_of_codes(BFLOAT16, x_at, codes_at, columns // LANES, scale, np.float32(1.0) / scale)
+    return scale
 
 
 @inner
@@ -142,7 +185,13 @@ def _rounded(address: Any, start: Any, stop: Any) -> None:
     columns, to_fp8 = block[COLUMNS], block[TO_FP8] != 0
     row = np.empty(columns, np.float32)
     scales = carray(pointer_to(block[SCALES_AT]), (block[ROWS],), np.float32)
+    direct = not to_fp8 and block[X_KIND] == BFLOAT16 and columns % CODES == 0 and columns != 0
     for token in range(start, stop):
+        if direct:
+            x_at = block[X_AT] + 2 * token * columns
+            scales[token] = _bf16_to_int8(x_at, columns, block[OUT_AT] + token * columns)
+            if scales[token] != np.float32(0.0):
+                continue
         _widen_row(block, token, row)
         scale = _scale(row, np.float32(448.0) if to_fp8 else np.float32(127.0))
         scales[token] = scale
