@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fewbits.kernels.matrix_units import HAS_MATRIX_UNITS
 from fewbits.matrix_products import KeptWeight, fits, linear, product
 
 
@@ -28,6 +29,7 @@ def on_one_thread_and_two(run: Callable[[], torch.Tensor]) -> list[torch.Tensor]
     return found
 
 
+@pytest.mark.skipif(not HAS_MATRIX_UNITS, reason="products are PyTorch's own")
 @pytest.mark.parametrize(
     ("tokens", "out", "width"), [(1, 1, 32), (5, 33, 64), (70, 97, 1056), (130, 200, 2080), (300, 288, 1024)]
 )

@@ -49,9 +49,9 @@ STEPS, THREADS, YIELD_AT, MEMBERS, HEADER = 0, 1, 2, 3, 8
 PIECES = 8
 # OpenMP's threads wake in the time of this many products.
 ALONE = 2**16
-# Bytes of what its part of the next step reads that a waiting thread asks for between two looks, and at most: so much
-# stays in its own cache.
-FETCHED_AT_ONCE, FETCHED = 2**9, 2**17
+# Bytes of its part of the next weight that a thread asks for before a small step, between two looks while it waits, and
+# at most: so much stays in its own cache.
+FETCHED_BEFORE, FETCHED_AT_ONCE, FETCHED = 2**12, 2**9, 2**17
 # Looks at the counter before the processor is offered to others: some 30 µs, more than an undisturbed piece takes.
 LOOKS = 1000
 
@@ -157,6 +157,10 @@ def _team(pointer: Any) -> None:
         # The next step's block: of a small layer, waiting for it had taken a thirtieth of the time.
         fetch_lines(at + 8 * WORDS, at + 16 * WORDS)
         done = 0
+        if block[STREAM_BYTES] == 0 and fetched < until:
+            # Memory would stand idle while this thread does what reads none.
+            fetch_lines(fetched, min(fetched + FETCHED_BEFORE, until))
+            fetched += FETCHED_BEFORE
         for turn in range(parts):
             part = (member + turn) % parts
             begin, end = _part_of(block, part)
