@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from fewbits.kernels.compiling import inlined, inner
 from fewbits.kernels.decoders import BLOCK, SCALES, decoder_of, stored_as_float
+from fewbits.kernels.fetching import fetch_lines
 from fewbits.kernels.lanes import (
     F32,
     I8,
@@ -41,7 +42,7 @@ from fewbits.kernels.lanes import (
     spread,
 )
 from fewbits.kernels.memory import on_stack, pointer_to, write_all
-from fewbits.kernels.team import OWN, STREAM_AT, STREAM_BYTES, WORDS, compiled_work
+from fewbits.kernels.team import OWN, PART_ROWS, ROWS, STREAM_AT, STREAM_BYTES, WORDS, compiled_work
 
 # The fields of a block; a row of it is a panel.
 PANELS_AT, PANEL_BYTES = STREAM_AT, STREAM_BYTES
@@ -56,7 +57,7 @@ INPUTS, VECTOR = 8, 4 * LANES
 # Vectors of sums of half a panel: of the lower and the upper bytes of whole numbers, of even and of odd inputs.
 CHAINS = 4
 # Bytes ahead of their use that panels are asked for.
-AHEAD = 3 * 2**12
+AHEAD = 2**14
 # Bytes that a thread has on its stack: outputs of a panel.
 ROOM = 4 * PANEL
 
@@ -74,11 +75,14 @@ def _no_products(typing_context: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _add_products(typing_context: Any, decoder: Any, products: Any, codes_at: Any, x_at: Any) -> Any:
-    """Products + those of a group's codes, or of a block of them, with whole numbers at an address."""
+def _add_products(typing_context: Any, decoder: Any, products: Any, codes_at: Any, ahead_at: Any, x_at: Any) -> Any:
+    """Products + those of a group's codes, or of a block of them, with whole numbers at an address.
+
+    As many bytes are asked for ahead as are read.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, products, codes_at, x_at = arguments
+        _, products, codes_at, ahead_at, x_at = arguments
         sums = [builder.extract_value(products, place) for place in range(Products.count)]
         eight = ir.VectorType(I32, LANES)
         for word in range(signature.args[0].lanes):
@@ -86,9 +90,9 @@ def _add_products(typing_context: Any, decoder: Any, products: Any, codes_at: An
             places = [builder.add(x_at, ir.Constant(I64, 64 * chain + 4 * word)) for chain in range(CHAINS)]
             whole = [builder.bitcast(spread(builder, load(builder, at, I32)), ByteLanes.vector) for at in places]
             for half in range(HALVES):
-                place = builder.add(codes_at, ir.Constant(I64, VECTOR * (HALVES * word + half)))
-                prefetch(builder, builder.add(place, ir.Constant(I64, AHEAD)))
-                stored = load(builder, place, eight)
+                behind = ir.Constant(I64, VECTOR * (HALVES * word + half))
+                prefetch(builder, builder.add(ahead_at, behind))
+                stored = load(builder, builder.add(codes_at, behind), eight)
                 fields = [
                     builder.bitcast(builder.and_(field, splat(eight, 0x0F0F0F0F)), ByteLanes.vector)
                     for field in (stored, builder.lshr(stored, splat(eight, 4)))
@@ -98,7 +102,7 @@ def _add_products(typing_context: Any, decoder: Any, products: Any, codes_at: An
                     sums[own] = dot_bytes(builder, sums[own], fields[chain % 2], whole[chain])
         return context.make_tuple(builder, Products, sums)
 
-    return Products(decoder, Products, types.int64, types.int64), generate
+    return Products(decoder, Products, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -135,11 +139,12 @@ def _x_behind(first: Any) -> Any:
 
 
 @inlined
-def _panel(decoder: Any, fields: Any, panel: Any, token: Any, totals: Any) -> None:
-    """Outputs of a panel and one token, to an address."""
+def _panel(decoder: Any, fields: Any, panel: Any, token: Any, end: Any, totals: Any) -> None:
+    """Outputs of a panel and one token, to an address. No memory is asked for behind `end`."""
     at, bias_at = fields[PANELS_AT] + panel * fields[PANEL_BYTES], fields[BIAS_AT] + 4 * PANEL * panel
     sums = kept_sums(bias_at), kept_sums(bias_at + VECTOR)
     groups, size = fields[GROUPS], fields[GROUP_INPUTS]
+    read = min(size, BLOCK) // INPUTS * HALVES * VECTOR
     for part in range(token * fields[PARTS], (token + 1) * fields[PARTS]):
         x_at = fields[X_AT] + part * fields[X_STRIDE]
         units = carray(pointer_to(fields[X_UNITS_AT] + 4 * part * groups), (groups,), np.float32)
@@ -148,8 +153,9 @@ def _panel(decoder: Any, fields: Any, panel: Any, token: Any, totals: Any) -> No
         for g in range(groups):
             products = _no_products()
             for first in range(g * size, (g + 1) * size, BLOCK):
-                products = _add_products(decoder, products, codes, x_at + _x_behind(first))
-                codes += min(size, BLOCK) // INPUTS * HALVES * VECTOR
+                ahead = min(codes + AHEAD, end - read)
+                products = _add_products(decoder, products, codes, ahead, x_at + _x_behind(first))
+                codes += read
             sums = _add_scaled(decoder, sums, products, scales, zeros, x_sums[0, g], x_sums[1, g], units[g])
             scales, zeros = scales + fields[SCALE_BYTES], zeros + fields[ZERO_BYTES]
     keep_sums(sums[0], totals)
@@ -161,11 +167,15 @@ def _panels(decoder: Any, block: Any, start: Any, stop: Any) -> None:
     fields = carray(pointer_to(block), (WORDS,), np.int64)
     totals = on_stack(ROOM)
     values = carray(pointer_to(totals), (PANEL,), np.float32)
+    # Of a part of the panels: the next ones are another thread's.
+    part = fields[PART_ROWS]
+    end = fields[PANELS_AT] + min((start // part + 1) * part, fields[ROWS]) * fields[PANEL_BYTES]
     for panel in range(start, stop):
-        row = panel * PANEL
+        row, at = panel * PANEL, fields[PANELS_AT] + panel * fields[PANEL_BYTES]
         count = min(fields[HEIGHT] - row, PANEL)
+        fetch_lines(min(at + fields[SCALES_BEHIND] + AHEAD, end), min(at + fields[PANEL_BYTES] + AHEAD, end))
         for token in range(fields[TOKENS]):
-            _panel(decoder, fields, panel, token, totals)
+            _panel(decoder, fields, panel, token, end, totals)
             write_all(fields[OUT_AT], token * fields[HEIGHT] + row, fields[OUT_KIND], values[:count])
 
 
