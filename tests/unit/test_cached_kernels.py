@@ -58,7 +58,7 @@ x = torch.randn(3, 576, generator=generator).numpy()
 for order in (BY_FOURS, WHOLE_HALVES, WHOLE_SECONDS):
     values, sums = np.zeros((3, 2, 5 * 256), np.uint8), np.empty((3, 2, 2, 9), np.float32)
     units = np.zeros((3, 2, 9), np.float32)
-    Program([Work(tokens.token_work("arranged"), {}).step(3, {
+    Program([Work(tokens.arranged(), {}).step(3, {
         tokens.X_AT: x.ctypes.data, tokens.X_KIND: FLOAT32, tokens.COLUMNS: 576, tokens.OUT_AT: values.ctypes.data,
         tokens.GROUPS: 9, tokens.SUMS_AT: sums.ctypes.data, tokens.ORDER: order, tokens.PARTS: 2,
         tokens.UNITS_AT: units.ctypes.data, tokens.RAISED_BY: 8,

@@ -134,7 +134,7 @@ def _add_scaled(
 
 @inlined
 def _x_behind(first: Any) -> Any:
-    """How far behind the first activation's bytes an input's lie, of its block the first so."""
+    """How far behind the first activation's bytes those of input `first` lie, which begins a vector of codes."""
     return (first // BLOCK) * X_BYTES + first % BLOCK // INPUTS * 4
 
 

@@ -79,7 +79,7 @@ class DotRows(CompiledLinear):
             multiple=4,
         )
         self._arrange = Work(
-            arranged.token_work("arranged"),
+            arranged.arranged(),
             {
                 arranged.COLUMNS: in_features,
                 arranged.GROUPS: self._groups,

@@ -47,7 +47,7 @@ class RowsAbreast(CompiledLinear):
             },
         )
         self._arrange = Work(
-            arranged.token_work("arranged"),
+            arranged.arranged(),
             {
                 arranged.COLUMNS: self._in,
                 arranged.GROUPS: self._groups,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fewbits.kernels import tokens as work
+from fewbits.kernels import token_rounding as work
 from fewbits.kernels.compiling import Array
 from fewbits.kernels.memory import BFLOAT16, FLOAT16, FLOAT32
 from fewbits.kernels.team import Program, Work, team_size
@@ -47,4 +47,4 @@ def _rounding(name: str, x: torch.Tensor, out: torch.Tensor, scales: torch.Tenso
     return _WORK[name].step(tokens, fields)
 
 
-_WORK = {name: Work(work.token_work("rounded"), {work.TO_FP8: name == "fp8"}) for name in ("int8", "fp8")}
+_WORK = {name: Work(work.rounded(), {work.TO_FP8: name == "fp8"}) for name in ("int8", "fp8")}
